@@ -1,0 +1,51 @@
+# make reproduce   install, run notebooks 01 to 07 on the digits, print what was found
+# make test        install, lint, test
+# make study STUDY=studies/NAME.yaml   another study        make notebook   open Jupyter
+# make paper       compile paper/main.tex                   make clean      remove caches, keep results
+#
+# PIP_ARGS goes to pip, CORES (2) limits Snakemake, PYTHON names the interpreter that makes .venv.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2> /dev/null && echo $$p && break; done)
+CORES ?= 2
+PIP_ARGS ?=
+STUDY ?=
+
+BIN := .venv/bin
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host reason
+QUICKSTART := studies/quickstart.yaml
+
+.PHONY: help reproduce test study notebook paper clean
+
+help:
+	@sed -n '1,/^$$/s/^# *//p;/^PYTHON/q' Makefile
+
+.venv/.installed: requirements.txt constraints.txt
+	@test -n "$(PYTHON)" || { echo "There is no python3: install Python 3.11." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: give make PYTHON=python3.11.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt -c constraints.txt $(PIP_ARGS)
+	@touch $@
+
+reproduce: .venv/.installed
+	@$(SNAKEMAKE) --config study=$(QUICKSTART)
+	@$(BIN)/python -m utils.notebooks merge $(QUICKSTART)
+	@$(BIN)/python -m utils.runs $(QUICKSTART)
+
+study: .venv/.installed
+	@test -n "$(STUDY)" || { echo "No study given: type make study STUDY=studies/NAME.yaml." >&2; exit 1; }
+	@$(SNAKEMAKE) --config study=$(STUDY)
+	@$(BIN)/python -m utils.runs $(STUDY)
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+notebook: .venv/.installed
+	$(BIN)/jupyter lab notebooks
+
+paper:
+	@command -v latexmk > /dev/null || { echo "latexmk is missing: install TeX Live with latexmk (Debian: texlive-latex-extra latexmk)." >&2; exit 1; }
+	cd paper && latexmk -pdf -interaction=nonstopmode -halt-on-error -outdir=build main.tex
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis paper/build utils/__pycache__ tests/__pycache__

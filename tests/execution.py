@@ -1,0 +1,67 @@
+"""How the tests execute notebooks: on a copy of the tree, with tiny parameters."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from utils import notebooks, runs
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "dataset": "digits",
+    "n_samples": 300,
+    "epochs": 2,
+    "polish_steps": 2,
+    "d_model": 8,
+    "n_heads": 2,
+    "depth": 1,
+    "d_ff": 12,
+    "patch_size": 4,
+    "sizes": [10, 40],
+    "n_per_sample": 12,
+    "n_certified": 4,
+    "probes": 3,
+    "n_bounds": 6,
+    "n_orders": 30,
+    "n_steps": 2,
+    "radii": [1e-4, 1e-2],
+    "tolerances": [0.2, 0.5],
+    "seed": 1,
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "RUN_LOCK_WAIT": "30"}
+ENVIRONMENT.pop("DATA_ROOT", None)
+
+
+def tree(folder: Path) -> Path:
+    """A copy of what git would check out, without results: notebooks find their root from where they run."""
+    for name in ("utils", "notebooks", "studies"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "rendered"))
+    shutil.copy(ROOT / "Snakefile", folder)
+    (folder / "data").mkdir()
+    shutil.copy(ROOT / "data" / "registry.json", folder / "data")
+    return folder
+
+
+def execute(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+
+
+def papermill(folder: Path, stage: str, **parameters) -> subprocess.CompletedProcess:
+    fields = notebooks.params.MODELS[stage].model_fields
+    values = {name: value for name, value in parameters.items() if name in fields}
+    return execute(folder, sys.executable, "-m", "papermill", f"notebooks/{notebooks.NAMES[stage]}.ipynb",
+                   str(folder / f"out_{stage}.ipynb"), "-y", yaml.safe_dump(values), "--cwd", ".",
+                   "--no-progress-bar")  # fmt: skip
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
+    return [line for line in done.stderr.splitlines() if line.strip() and "[IPKernelApp]" not in line][-1]
+
+
+def table(folder: Path, file: str, run: str = "tiny") -> pd.DataFrame:
+    return runs.read_table(folder / "data" / "runs" / run / file)

@@ -1,0 +1,237 @@
+"""Parameters: what is accepted, and the one sentence that a wrong one gets."""
+
+import json
+
+import pytest
+import yaml
+
+from utils import params
+
+NORMS = {
+    "run": "try",
+    "sizes": [10, 20],
+    "n_per_sample": 5,
+    "n_certified": 2,
+    "probes": 3,
+    "confidence": 0.9,
+    "seed": 0,
+}
+DATA = {
+    "run": "try",
+    "dataset": "digits",
+    "data_root": "",
+    "n_samples": 0,
+    "calibration_fraction": 0.2,
+    "test_fraction": 0.2,
+    "seed": 0,
+}
+
+
+def sentence(model, values) -> str:
+    with pytest.raises(ValueError) as caught:
+        params.check(model, values)
+    text = str(caught.value)
+    assert "\n" not in text and "pydantic" not in text
+    return text
+
+
+def test_values_keep_their_types():
+    p = params.check(params.HessianNorms, NORMS)
+    assert p.model_dump() == NORMS
+    assert list(params.HessianNorms.model_fields) == list(NORMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("confidence", "9e-1", 0.9),
+        ("n_per_sample", "7", 7),
+        ("sizes", "[1, 2]", [1, 2]),
+        ("sizes", ["1", "2"], [1, 2]),
+    ],
+)
+def test_text_that_parses_is_accepted(name, text, value):
+    assert getattr(params.check(params.HessianNorms, NORMS | {name: text}), name) == value
+
+
+def test_yaml_exponent_without_point_is_a_number():
+    text = yaml.safe_load("1e-3")
+    assert text == "1e-3"
+    values = dict.fromkeys(params.SampleSize.model_fields, 2)
+    values |= {"run": "try", "tolerances": [text], "confidence": 0.9, "kurtosis": 3}
+    assert params.check(params.SampleSize, values).tolerances == [1e-3]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("probes", "three"),
+        ("probes", 1),
+        ("probes", 2.5),
+        ("probes", True),
+        ("probes", None),
+        ("n_certified", "false"),
+        ("confidence", 1),
+        ("confidence", float("nan")),
+        ("confidence", "inf"),
+        ("sizes", []),
+        ("sizes", [2, 2]),
+        ("sizes", [0, 1]),
+        ("sizes", [True, 2]),
+        ("sizes", "[1"),
+        ("sizes", 5),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("run", 7),
+        ("run", ""),
+    ],
+)
+def test_wrong_values_say_what_to_give(name, value):
+    text = sentence(params.HessianNorms, NORMS | {name: value})
+    assert text.startswith(f"parameter {name} is {value!r}: give ")
+    assert text.endswith(".")
+
+
+def test_exact_sentences():
+    assert (
+        sentence(params.HessianNorms, NORMS | {"n_certified": "three"})
+        == "parameter n_certified is 'three': give an integer of at least 1."
+    )
+    assert sentence(params.HessianNorms, NORMS | {"seeed": 1}) == "unknown parameter seeed: did you mean seed?"
+    missing = {k: v for k, v in NORMS.items() if k != "probes"}
+    assert sentence(params.HessianNorms, missing).startswith("parameter probes is missing: set it")
+
+
+@pytest.mark.parametrize(
+    "run", ["../x", "a/b", "a..b", ".", "..", ".x", "_x", "-x", "a b", "x" * 65, "a\n", "/etc", "ä"]
+)
+def test_run_names_cannot_leave_the_folder(run):
+    assert sentence(params.HessianNorms, NORMS | {"run": run}).startswith("parameter run is ")
+    assert sentence(params.StudyReport, {"study": run, "runs": ["a"]}).startswith("parameter study is ")
+    assert sentence(params.StudyReport, {"study": "a", "runs": [run]}).startswith("parameter runs is ")
+
+
+@pytest.mark.parametrize("run", ["a", "2024", "vit-d2_s0.1", "x" * 64])
+def test_plain_run_names(run):
+    assert params.check(params.HessianNorms, NORMS | {"run": run}).run == run
+
+
+def test_the_parts_leave_something_to_train_on():
+    text = sentence(params.DataPreparation, DATA | {"calibration_fraction": 0.5, "test_fraction": 0.5})
+    assert "nothing to train on" in text
+
+
+# --- validate, as the notebooks call it ----------------------------------------------------------
+
+CELL = "\n".join(f"{name}: {type(value).__name__} = {value!r}  # help" for name, value in NORMS.items())
+
+
+def session(*cells) -> dict:
+    """What `globals()` holds in a notebook after these cells."""
+    namespace = {"In": ["", *cells]}
+    for cell in cells:
+        exec(cell, namespace)
+    return namespace
+
+
+def test_validate_returns_and_prints(capsys):
+    p = params.validate(params.HessianNorms, session(CELL))
+    assert p.model_dump() == NORMS
+    out = capsys.readouterr().out
+    assert "device cpu, dtype float64, seed 0" in out and "torch " in out and "probes               3" in out
+    params.validate(params.HessianNorms, session(CELL))
+    assert capsys.readouterr().out == out
+
+
+def test_validate_takes_the_injected_value(capsys):
+    p = params.validate(params.HessianNorms, session(CELL, '# Parameters\nprobes = "8"\n'))
+    assert p.probes == 8
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        (CELL, "# Parameters\nprobs = 8\n"),
+        (CELL, "# Parameters\nprobs = float('nan')\n"),
+        (CELL + "\nprobs: int = 3  # help",),
+    ],
+)
+def test_a_name_that_no_notebook_knows_is_refused(cells):
+    with pytest.raises(ValueError, match=r"^unknown parameter probs: did you mean probes\?$"):
+        params.validate(params.HessianNorms, session(*cells))
+
+
+def test_other_variables_of_a_session_are_none_of_its_business(capsys):
+    scratch = ("x = 3", "y: int = 4", "depth, width = 1, 2", "import math", "print('probs')", "probes = 5")
+    assert params.validate(params.HessianNorms, session(*scratch[:-1], CELL, *scratch, CELL)).probes == 3
+    corrected = session(CELL + "\nprobs: int = 3", CELL)
+    assert params.validate(params.HessianNorms, corrected).probes == 3
+
+
+def test_validate_outside_a_notebook(capsys):
+    assert params.validate(params.HessianNorms, dict(NORMS, other=1)).model_dump() == NORMS
+
+
+# --- studies -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    """A folder with seven notebooks that have nothing but a parameters cell."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    some = {"run": "quickstart", "study": "quickstart", "runs": ["quickstart"], "sizes": [1, 2], "radii": [0.1]}
+    some |= {"tolerances": [0.1], "rungs": ["prior"], "norm": "pre", "activation": "gelu", "pool": "cls", "weights": ""}
+    some |= {"loss": "mse", "model": "vit", "dataset": "digits", "data_root": "", "confidence": 0.9, "eps": 1e-5}
+    some |= {"calibration_fraction": 0.2, "test_fraction": 0.2}
+    for stage, model in params.MODELS.items():
+        lines = [f"{n}: {type(some.get(n, 2)).__name__} = {some.get(n, 2)!r}  # help" for n in model.model_fields]
+        cell = {"cell_type": "code", "source": "\n".join(lines).splitlines(True), "metadata": {}}
+        (folder / f"{stage}_x.ipynb").write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": []}, cell]}))
+    return folder
+
+
+def study(tmp_path, notebooks, text):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    return params.read_study(path, notebooks)
+
+
+def test_a_study_goes_to_every_notebook_that_has_the_parameter(tmp_path, notebooks):
+    text = "name: s\nruns:\n- {run: a, parameters: {seed: 3, depth: 4, eps: 1e-3}}\n- {run: b}\n"
+    made = study(tmp_path, notebooks, text)
+    assert made.runs == ["a", "b"] and made.report == {"study": "s", "runs": ["a", "b"]}
+    assert {stage: values["seed"] for stage, values in made.parameters["a"].items()} == dict.fromkeys(
+        ["01", "02", "03", "04", "05", "06"], 3
+    )
+    assert made.parameters["a"]["02"]["eps"] == 1e-3 and made.parameters["b"]["02"]["depth"] == 2
+    assert made.parameters["a"]["02"]["run"] == "a" and "depth" not in made.parameters["a"]["03"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: s\nruns:\n- {run: a, parameters: {depht: 3}}\n", "unknown parameter depht: did you mean depth?"),
+        ("name: s\nruns:\n- {run: a, parameters: {depth: three}}\n", "parameter depth is 'three': give an integer"),
+        ("name: s\nruns:\n- {run: a, parameters: {run: b}}\n", "unknown parameter run"),
+        ("name: s\nruns:\n- {run: ../x}\n", "parameter run is '../x'"),
+        ("name: ../s\nruns:\n- {run: x}\n", "name is '../s'"),
+        ("name: s\nruns:\n- {run: a}\n- {run: a}\n", "two runs named 'a'"),
+        ("name: s\nruns: []\n", "parameter runs is []"),
+        ("name: s\n", "is not a study"),
+        ("name: s\nrun: a\nruns: []\n", "is not a study"),
+        ("name: s\nruns: [a]\n", "holds the run 'a'"),
+        ("name: s\nruns:\n- {run: a, parameters: [1]}\n", "not a mapping"),
+        ("name: [\n", "is not a readable YAML file"),
+        ("name: !!python/object/apply:os.getcwd []\nruns: []", "is not a readable YAML file"),
+    ],
+)
+def test_a_wrong_study_is_one_sentence(tmp_path, notebooks, text, says):
+    with pytest.raises(ValueError) as caught:
+        study(tmp_path, notebooks, text)
+    assert says in str(caught.value) and "\n" not in str(caught.value) and "study.yaml" in str(caught.value)
+
+
+def test_a_study_that_is_not_there(tmp_path, notebooks):
+    with pytest.raises(ValueError, match="there is no study file"):
+        params.read_study(tmp_path / "none.yaml", notebooks)

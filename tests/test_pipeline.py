@@ -1,0 +1,133 @@
+"""Notebooks 01 to 07 executed with tiny parameters, by Snakemake and by papermill, and judged by their result files."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from execution import TINY, execute, last_line, papermill, table, tree
+
+from utils import notebooks, runs
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study of one tiny run, made by Snakemake: all seven notebooks."""
+    folder = tree(tmp_path_factory.mktemp("study"))
+    (folder / "studies" / "tiny.yaml").write_text(
+        yaml.safe_dump({"name": "tiny", "runs": [{"run": "tiny", "parameters": TINY}]})
+    )
+    done = execute(folder, sys.executable, "-m", "snakemake", "--cores", "2", "--nolock", "--config",
+                   "study=studies/tiny.yaml")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_every_stage_wrote_its_files_and_its_record(study):
+    record = json.loads((study / "data/runs/tiny/run.json").read_text())["stages"]
+    for stage, (_, files) in list(runs.STAGES.items())[:-1]:
+        assert set(record[stage]["outputs"]) == set(files)
+        for file in files:
+            assert runs.sha256(study / "data/runs/tiny" / file) == record[stage]["outputs"][file]
+        assert record[stage]["seed"] == 1 and record[stage]["versions"]["torch"]
+
+
+def test_training_ended_where_the_record_says(study):
+    model = json.loads((study / "data/runs/tiny/model.json").read_text())
+    history = table(study, "training.csv")
+    assert list(history["phase"]).count("adam") == 2 and history["objective"].iloc[-1] < history["objective"].iloc[0]
+    assert model["converged"] == (model["gradient_norm"] <= model["threshold"])
+    assert model["hessian_asymmetry"] < 1e-12 and model["hessian_error"] < 1e-5
+
+
+def test_norms_have_residuals_and_certificates_hold(study):
+    norms = table(study, "per_sample_norms.csv")
+    assert (norms.groupby("part").size() == 12).all() and norms["converged"].all()
+    certified = norms[norms["upper"].notna()]
+    assert len(certified) == 4 and (certified["lower"] <= certified["upper"]).all()
+    assert (certified["value"] <= certified["upper"] * (1 + 1e-9)).all()
+    data_set = table(study, "hessian_norms.csv").pivot(index="k", columns="estimator", values="value")
+    np.testing.assert_allclose(data_set["pyhessian"], data_set["lanczos"], rtol=0.05)
+
+
+def test_no_bound_lies_below_the_measured_norm(study):
+    bounds = table(study, "bounds.csv")
+    assert set(bounds["rung"]) == {"closed_form", "prior", "activations", "certified"}
+    assert (bounds["bound"] >= bounds["measured"] * (1 - 1e-9)).all()
+
+
+def test_one_step_changes_obey_the_exact_expectation_for_networks_and_for_random_numbers(study):
+    convergence = table(study, "convergence.csv")
+    rms = convergence.query("experiment == 'one step' and quantity == 'rms'")
+    assert set(rms["weights"]) == {"trained", "untrained network", "random numbers"}
+    for _, group in rms.groupby("weights"):  # 30 orders: the mean square is within a factor of its expectation
+        assert 0.5 < (group["value"] ** 2).sum() / (group["theory_low"] ** 2).sum() < 2
+    slopes = convergence.query("quantity == 'slope' and experiment == 'one step'")
+    assert len(slopes) == 3 and slopes["value"].between(-1.4, -0.6).all()
+    ball = convergence.query("experiment == 'ball'").pivot_table(
+        index=["k", "radius"], columns="quantity", values="value", aggfunc="first"
+    )
+    total = ball[["value", "gradient", "curvature", "remainder"]].sum(axis=1)
+    assert (ball["measured"] <= total * (1 + 1e-9)).all()
+
+
+def test_sample_sizes_fall_with_the_tolerance(study):
+    sizes = table(study, "sample_size.csv")
+    for _, group in sizes.query("kind == 'pilot'").groupby("criterion"):
+        assert group.sort_values("tolerance")["k"].is_monotonic_decreasing
+        assert (group["lower"] <= group["upper"]).all()
+    kept = sizes[sizes["criterion"] == "surface, held-out S"]
+    assert len(kept) == 2 and (kept["verdict"] == "kept").all()
+
+
+def test_report_has_findings_and_figures(study):
+    findings = runs.read_table(study / "data/results/tiny/findings.csv")
+    assert set(findings["question"]) == {"1 curvature", "2 convergence", "3 sample size"}
+    assert "VIOLATED" not in set(findings["verdict"])
+    pictures = sorted(p.name for p in (study / "figures/tiny").iterdir())
+    stems = {p.rsplit(".", 1)[0] for p in pictures}
+    assert len(stems) >= 4 and pictures == sorted(f"{s}.{e}" for s in stems for e in ("csv", "pdf", "png"))
+
+
+def test_papermill_by_hand_gives_the_same_files(study):
+    for stage in ("01", "02"):
+        done = papermill(study, stage, **TINY | {"run": "by_hand"})
+        assert done.returncode == 0, done.stderr[-2000:]
+    for file in ("dataset.npz", "dataset.json", "model.safetensors", "model.json", "training.csv"):
+        assert (study / "data/runs/by_hand" / file).read_bytes() == (study / "data/runs/tiny" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stage", "parameters", "words"),
+    [
+        ("01", {"run": "../x"}, "run"),
+        ("01", {"run": "bad", "dataset": "digitz"}, "digits"),
+        ("01", {"run": "bad", "dataset": "npz:missing.npz"}, "missing.npz"),
+        ("02", {"run": "tiny", "depth": 0}, "depth"),
+        ("02", {"run": "tiny", "weights": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ("03", {"run": "never"}, "01"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_changes_nothing(study, stage, parameters, words):
+    before = {p: p.read_bytes() for p in (study / "data/runs/tiny").iterdir() if p.is_file()}
+    done = papermill(study, stage, **parameters)
+    assert done.returncode != 0
+    line = last_line(done)
+    assert words in line and line.rstrip().endswith(".") and "Error: " in line
+    assert before == {p: p.read_bytes() for p in (study / "data/runs/tiny").iterdir() if p.is_file()}
+
+
+def test_unknown_parameter_is_refused(study):
+    done = execute(study, sys.executable, "-m", "papermill", f"notebooks/{notebooks.NAMES['02']}.ipynb",
+                   str(study / "out.ipynb"), "-p", "run", "tiny", "-p", "depht", "3", "--cwd", ".")  # fmt: skip
+    assert done.returncode != 0 and "depht" in last_line(done) and "depth" in last_line(done)
+
+
+def test_stage_on_a_changed_input_is_refused(study, tmp_path):
+    shutil.copytree(study / "data/runs/tiny", study / "data/runs/stale")
+    done = papermill(study, "01", **TINY | {"run": "stale", "seed": 2})
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = papermill(study, "03", **TINY | {"run": "stale"})
+    assert done.returncode != 0 and "re-run 02" in last_line(done)

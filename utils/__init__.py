@@ -1,0 +1,1 @@
+"""Shared code of the notebooks: thin modules, one idea each (CONTRIBUTING.md shows the layout)."""

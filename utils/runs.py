@@ -1,0 +1,439 @@
+"""A run's folder `data/runs/<run>/`: what each notebook reads and writes there, and how it stays consistent.
+
+A stage is one notebook at work on one run. `begin` takes the run's lock and refuses a missing or stale input;
+results go to temporary names and `finish` renames them all, so a stage that fails leaves everything as it was.
+`run.json` says, per stage, with what parameters, versions and inputs its files were made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from utils.params import Parameters, read_study, versions
+
+RUNS, RESULTS, FIGURES = Path("data/runs"), Path("data/results"), Path("figures")  # below the project's root
+
+# stage: (files it needs, files it writes); a stage may also read any file of an earlier one
+_DATA, _MODEL = ["dataset.npz", "dataset.json"], ["model.safetensors", "model.json"]
+STAGES: dict[str, tuple[list[str], list[str]]] = {
+    "01": ([], _DATA),
+    "02": (_DATA, [*_MODEL, "training.csv"]),
+    "03": (_DATA + _MODEL, ["per_sample_norms.csv", "hessian_norms.csv", "trace.csv"]),
+    "04": (_DATA + _MODEL + ["per_sample_norms.csv"], ["bounds.csv"]),
+    "05": (_DATA + _MODEL + ["per_sample_norms.csv", "bounds.csv"], ["convergence.csv"]),
+    "06": (_DATA + _MODEL, ["sample_size.csv"]),
+    "07": ([], ["findings.csv"]),  # reads every table of every run of its study
+}
+PRODUCER = {file: stage for stage, (_, files) in STAGES.items() for file in files}
+
+# The data dictionary: file -> column -> (dtype, meaning [unit]). Checked on writing and on reading.
+# No device and no wall time here: a table is the same bytes when it is made again; run.json has them.
+SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
+    "training.csv": {
+        "step": ("int", "epoch of Adam, then iteration of the polishing, counted on [1]"),
+        "phase": ("str", "adam (an epoch), l-bfgs or settle (an iteration on the whole part)"),
+        "objective": ("float", "training objective L_n(w) + (l2/2)|w - w_init|^2 [nat or squared error]"),
+        "gradient_norm": ("float", "Euclidean norm of the objective's gradient [objective]"),
+    },
+    "hessian_norms.csv": {
+        "k": ("int", "number of training samples in H_k [samples]"),
+        "estimator": ("str", "lanczos or pyhessian"),
+        "value": ("float", "estimate of the spectral norm of H_k [nat per squared unit of weight]"),
+        "lower": ("float", "rigorous lower end [as value]"),
+        "upper": ("float", "upper end, nan where none was asked for [as value]"),
+        "residual": ("float", "|H v - theta v| of the unit vector v behind the value [as value]"),
+        "iterations": ("int", "Hessian-vector products spent [1]"),
+        "converged": ("bool", "residual within the tolerance"),
+    },
+    "per_sample_norms.csv": {
+        "part": ("str", "training, calibration or held-out"),
+        "index": ("int", "position of the sample in its part [1]"),
+        "loss": ("float", "loss of the sample [nat or squared error]"),
+        "value": ("float", "spectral norm of the sample's Hessian [nat per squared unit of weight]"),
+        "lower": ("float", "rigorous lower end [as value]"),
+        "upper": ("float", "certified upper end, nan where none was asked for [as value]"),
+        "residual": ("float", "|h v - theta v| of the unit vector v behind the value [as value]"),
+        "iterations": ("int", "Hessian-vector products spent [1]"),
+        "converged": ("bool", "residual within the tolerance"),
+    },
+    "trace.csv": {
+        "parameters": ("str", "coordinates of the trace: all, or the last layer"),
+        "k": ("int", "number of training samples [samples]"),
+        "estimator": ("str", "hutchinson or exact"),
+        "value": ("float", "trace of H_k [nat per squared unit of weight]"),
+        "standard_error": ("float", "of the value over the probes, 0 where exact [as value]"),
+        "probes": ("int", "random vectors spent, 0 where exact [1]"),
+    },
+    "bounds.csv": {
+        "part": ("str", "training or held-out"),
+        "index": ("int", "position of the sample in its part [1]"),
+        "rung": ("str", "closed_form, prior, activations (rigorous), or certified (with notebook 03's confidence)"),
+        "bound": ("float", "bound on the spectral norm of the sample's Hessian [nat per squared unit of weight]"),
+        "measured": ("float", "rigorous lower end of the measured norm [as bound]"),
+        "ratio": ("float", "bound / measured [1]"),
+    },
+    "convergence.csv": {
+        "experiment": ("str", "one step, distance or ball"),
+        "weights": ("str", "whose losses: trained, a control, or the pair of parts compared"),
+        "k": ("int", "number of samples; 0 in the row of a slope [samples]"),
+        "radius": ("float", "distance from the trained weights w0 [fraction of |w0|]"),
+        "quantity": ("str", "mean, rms, slope, or a term of the one-step theorem times k + 1"),
+        "value": ("float", "the measured value [nat, slopes 1]"),
+        "low": ("float", "lower end of its 95 % bootstrap interval over orders [as value]"),
+        "high": ("float", "upper end of that interval [as value]"),
+        "theory_low": ("float", "exact value or lower end of the proved bracket [as value]"),
+        "theory_high": ("float", "exact value or upper end of the proved bracket [as value]"),
+        "n": ("int", "random orders behind the value [1]"),
+    },
+    "sample_size.csv": {
+        "kind": ("str", "pilot: an answer from the calibration part; check: a rule on the held-out part"),
+        "criterion": ("str", "surface or step; for a check the rule that chose k"),
+        "tolerance": ("float", "tau [nat or squared error]"),
+        "radius": ("float", "of the neighbourhood [fraction of |w0|]"),
+        "confidence": ("float", "1 - delta [1]"),
+        "k": ("float", "plug-in k; for a check the k of the rule [samples]"),
+        "lower": ("float", "fewer are too few [samples]"),
+        "upper": ("float", "that many are enough; inf where the pilot cannot tell [samples]"),
+        "failures": ("float", "share of the orders that stray further than tau after k samples [1]"),
+        "failures_low": ("float", "lower end of its 95 % Clopper-Pearson interval [1]"),
+        "failures_high": ("float", "upper end of that interval [1]"),
+        "verdict": ("str", "enough, need, cannot tell; for a check kept or broken"),
+    },
+    "findings.csv": {
+        "question": ("str", "which of the three questions"),
+        "quantity": ("str", "what the value is"),
+        "value": ("float", "the measured number"),
+        "low": ("float", "lower end of its interval"),
+        "high": ("float", "upper end of its interval"),
+        "theory": ("float", "what the theory says of it"),
+        "verdict": ("str", "how the two compare"),
+        "source": ("str", "notebook, file and theorem it comes from"),
+    },
+}
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """A temporary path in `path`'s folder, renamed to `path` if the block succeeds, removed if it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _as_json(value) -> str:
+    def plain(x):
+        if isinstance(x, np.ndarray | np.generic) or hasattr(x, "tolist"):  # arrays, scalars, tensors
+            return x.tolist()
+        if isinstance(x, tuple | set | Path):
+            return str(x) if isinstance(x, Path) else list(x)
+        raise TypeError(f"{type(x).__name__} does not go into a JSON file: convert it to numbers, text or lists.")
+
+    return json.dumps(value, indent=1, ensure_ascii=False, default=plain) + "\n"
+
+
+_DTYPES = {"int": "int64", "float": "float64", "str": "str", "bool": "bool"}
+
+
+def _fits(column: pd.Series, dtype: str) -> bool:
+    api = pd.api.types
+    if dtype == "str":
+        return all(isinstance(x, str) for x in column)
+    if dtype == "bool":
+        return api.is_bool_dtype(column)
+    if api.is_bool_dtype(column):
+        return False
+    return api.is_integer_dtype(column) or (dtype == "float" and api.is_float_dtype(column))
+
+
+def check_schema(file: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with the columns, order and dtypes of `SCHEMAS[file]`. Raises ValueError with one sentence."""
+    if file not in SCHEMAS:
+        raise ValueError(f"{file} has no schema: describe its columns in utils/runs.py, SCHEMAS.")
+    schema, columns = SCHEMAS[file], list(frame.columns)
+    missing = [c for c in schema if c not in columns]
+    extra = [c for c in columns if c not in schema]
+    if missing or extra:
+        what = [f"lacks the column {missing[0]}"] if missing else []
+        what += [f"has the unknown column {extra[0]}"] if extra else []
+        raise ValueError(f"{file} {' and '.join(what)}: make it agree with SCHEMAS in utils/runs.py.")
+    for column, (dtype, _) in schema.items():
+        if not _fits(frame[column], dtype):
+            raise ValueError(f"{file} has values in column {column} that are not {dtype}: convert them.")
+    return frame[list(schema)].astype({c: _DTYPES[d] for c, (d, _) in schema.items()})
+
+
+def write_table(path: Path, file: str, frame: pd.DataFrame) -> None:
+    """CSV with shortest floats that read back exactly, "nan" for a float that is not there."""
+    check_schema(file, frame).to_csv(path, index=False, na_rep="nan", lineterminator="\n")
+
+
+def read_table(path: Path | str, file: str | None = None) -> pd.DataFrame:
+    """Read what `write_table` wrote, bit for bit; `file` names the schema (default: the path's own name)."""
+    file = file or Path(path).name
+    schema = SCHEMAS.get(file, {})
+    numbers = {c: ["nan"] for c, (dtype, _) in schema.items() if dtype == "float"}
+    kinds = {c: _DTYPES[dtype] for c, (dtype, _) in schema.items()}
+    try:
+        frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=numbers)
+    except (ValueError, pd.errors.ParserError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{path} is not the table that SCHEMAS describes ({reason}): write it anew.") from None
+    return check_schema(file, frame)
+
+
+# --- what a run's files were made from -----------------------------------------------------------
+
+
+def record_of(run: str) -> dict:
+    """The stages of `run.json`, by stage; empty where there is none."""
+    path = RUNS / run / "run.json"
+    try:
+        return json.loads(path.read_text())["stages"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: delete the folder {path.parent} and start with notebook 01.") from None
+
+
+class _Checked:
+    """Hashes of a run's files, each compared with what its notebook, and those before it, read and wrote."""
+
+    def __init__(self, run: str):
+        self.run, self.folder, self.record, self.hashes = run, RUNS / run, record_of(run), {}
+
+    def hash(self, file: str) -> str:
+        """SHA-256 of an input that is as its producer left it, made from inputs that still are as it read them."""
+        if file in self.hashes:
+            return self.hashes[file]
+        stage = PRODUCER[file]
+        if stage not in self.record or not (self.folder / file).is_file():
+            raise FileNotFoundError(f"run {self.run!r} has no {file}: run notebook {stage} first.")
+        for earlier, seen in self.record[stage]["inputs"].items():
+            if self.hash(earlier) != seen:
+                raise ValueError(
+                    f"{earlier} of run {self.run!r} has changed since notebook {stage} read it: re-run {stage}."
+                )
+        found = sha256(self.folder / file)
+        if found != self.record[stage]["outputs"].get(file):
+            raise ValueError(f"{file} of run {self.run!r} is not what notebook {stage} wrote: re-run {stage}.")
+        self.hashes[file] = found
+        return found
+
+
+_held: dict[Path, int] = {}  # locks of this process: a notebook that is run again takes its own lock over
+
+
+def _lock(folder: Path, label: str, wait_s: float) -> None:
+    path = (folder / ".lock").resolve()
+    _unlock(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, start = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic()
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() - start >= wait_s:
+                os.close(descriptor)
+                raise RuntimeError(f"{label} is being written by another process: wait for it or stop it.") from None
+            time.sleep(0.1)
+    _held[path] = descriptor
+
+
+def _unlock(folder: Path) -> None:
+    descriptor = _held.pop((folder / ".lock").resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+# --- a stage -------------------------------------------------------------------------------------
+
+
+class Stage:
+    """One notebook at work: made by `begin`, ended by `finish`. Files are named without their folder."""
+
+    def __init__(self, stage: str, p: Parameters, device: str, dtype: str):
+        self.stage, self.p, self.device, self.dtype = stage, p, device, dtype
+        self.run = f"_study_{p.study}" if stage == "07" else p.run
+        self.folder = RUNS / self.run  # record, lock, executed copy
+        self.target = RESULTS / p.study if stage == "07" else self.folder  # where the outputs go
+        self.start, self.inputs, self.outside, self.written = time.monotonic(), {}, {}, {}
+        self._checked = {run: _Checked(run) for run in (p.runs if stage == "07" else [p.run])}
+
+    # reading
+
+    def _path(self, file: str, run: str | None = None) -> Path:
+        if run is None and PRODUCER.get(file) == self.stage:
+            return self.written.get(file, self.target / file)
+        if run is None and self.stage == "07":
+            raise ValueError(f"notebook 07 reads many runs: name the one whose {file} is meant.")
+        if PRODUCER.get(file, self.stage) >= self.stage:
+            raise ValueError(f"notebook {self.stage} cannot read {file}: it may read what earlier notebooks wrote.")
+        checked = self._checked[run or self.run]
+        self.inputs[f"{run}/{file}" if run else file] = checked.hash(file)
+        return checked.folder / file
+
+    def read_npz(self, file: str, run: str | None = None) -> dict[str, np.ndarray]:
+        """The arrays of an .npz file by name; pickled objects are refused."""
+        with np.load(self._path(file, run), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def read_json(self, file: str, run: str | None = None):
+        """The content of a JSON file."""
+        return json.loads(self._path(file, run).read_text())
+
+    def read_csv(self, file: str, run: str | None = None) -> pd.DataFrame:
+        """A table, checked against `SCHEMAS`."""
+        return read_table(self._path(file, run), file)
+
+    def read_safetensors(self, file: str, run: str | None = None) -> dict:
+        """Tensors by name, on the CPU."""
+        from safetensors.torch import load_file
+
+        return load_file(self._path(file, run))
+
+    def read_runs(self, file: str) -> pd.DataFrame:
+        """Notebook 07: one table of every run of the study, one below the other, with a first column `run`."""
+        frames = []
+        for run in self.p.runs:
+            frame = self.read_csv(file, run)
+            frame.insert(0, "run", run)
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True)
+
+    def record_input(self, path: Path | str) -> None:
+        """Note a file from outside the run (a user's arrays or weights) with its SHA-256 in run.json."""
+        self.outside[Path(path).name] = sha256(path)
+
+    # writing
+
+    def _temporary(self, file: str) -> Path:
+        if file not in STAGES[self.stage][1]:
+            raise ValueError(f"{file} is not a file of notebook {self.stage}: add it to STAGES in utils/runs.py.")
+        self.target.mkdir(parents=True, exist_ok=True)
+        return self.target / f".{self.stage}.{file}.tmp"
+
+    def write_npz(self, file: str, **arrays: np.ndarray) -> None:
+        """Arrays by name (uncompressed; the same arrays give the same bytes)."""
+        path = self._temporary(file)
+        with open(path, "wb") as f:
+            np.savez(f, **arrays)
+        self.written[file] = path
+
+    def write_json(self, file: str, value) -> None:
+        """Numbers, text, lists and mappings; numpy scalars and arrays become numbers and lists."""
+        path = self._temporary(file)
+        path.write_text(_as_json(value))
+        self.written[file] = path
+
+    def write_csv(self, file: str, frame: pd.DataFrame) -> None:
+        """A table; its columns have to be those of `SCHEMAS[file]`, in any order."""
+        path = self._temporary(file)
+        write_table(path, file, frame)
+        self.written[file] = path
+
+    def write_safetensors(self, file: str, tensors: dict) -> None:
+        """Tensors by name, copied to the CPU."""
+        from safetensors.torch import save
+
+        path = self._temporary(file)
+        path.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+        self.written[file] = path
+
+    def finish(self) -> None:
+        """Publish every file, then run.json, and give the lock back. Raises ValueError if a file is missing.
+
+        If the process dies between two renames, run.json no longer agrees with the files and the next stage says so.
+        """
+        missing = [file for file in STAGES[self.stage][1] if file not in self.written]
+        if missing:
+            raise ValueError(f"notebook {self.stage} has not written {missing[0]}: write it before finish().")
+        entry = {
+            "parameters": self.p.model_dump(),
+            "versions": versions(),
+            "device": self.device,
+            "dtype": self.dtype,
+            "seed": getattr(self.p, "seed", None),
+            "wall_time_s": round(time.monotonic() - self.start, 2),
+            "inputs": self.inputs,
+            "outside_inputs": self.outside,
+            "outputs": {file: sha256(path) for file, path in self.written.items()},
+        }
+        for file, path in self.written.items():
+            os.replace(path, self.target / file)
+        self.written = {}
+        stages = record_of(self.run) | {self.stage: entry}
+        with atomic(self.folder / "run.json") as path:
+            path.write_text(_as_json({"run": self.run, "stages": dict(sorted(stages.items()))}))
+        _unlock(self.folder)
+
+
+def begin(stage: str, p: Parameters, wait_s: float | None = None, device: str = "cpu", dtype: str = "float64") -> Stage:
+    """Start notebook `stage` on the run `p.run` (07: on the runs `p.runs`): check its inputs, take the lock.
+
+    Waits `wait_s` seconds for another writer (default: RUN_LOCK_WAIT of the environment, else 2).
+    Raises FileNotFoundError where an earlier notebook has not run, ValueError where an input has changed since,
+    RuntimeError where another process keeps the lock; each with one sentence.
+    """
+    begun = Stage(stage, p, device, dtype)
+    if stage not in ("01", "07") and not begun.folder.is_dir():
+        raise FileNotFoundError(f"run {begun.run!r} does not exist in {RUNS}/: run notebook 01 first.")
+    wait_s = float(os.environ.get("RUN_LOCK_WAIT", "2")) if wait_s is None else wait_s
+    _lock(begun.folder, f"run {begun.run!r}", wait_s)
+    try:
+        begun._checked = {run: _Checked(run) for run in begun._checked}  # as they are now that the lock is ours
+        for file in STAGES[stage][0]:
+            begun._path(file)
+        if stage == "07":
+            for run in p.runs:
+                for file, producer in PRODUCER.items():
+                    if file.endswith(".csv") and producer != "07":
+                        begun._path(file, run)
+        for leftover in (*begun.folder.glob(f".{stage}.*.tmp"), *begun.target.glob(f".{stage}.*.tmp")):
+            leftover.unlink(missing_ok=True)  # of a process that was killed
+    except BaseException:
+        _unlock(begun.folder)
+        raise
+    return begun
+
+
+def summary(study: str) -> str:
+    """The study's findings as a short table of text, and where everything lies."""
+    path = RESULTS / study / "findings.csv"
+    table = read_table(path).drop(columns="source")
+    text = table.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="", max_colwidth=48, justify="left")
+    return f"{text}\n\nTable    {path}\nFigures  {FIGURES / study}/\nRuns     {RUNS}/"
+
+
+if __name__ == "__main__":
+    try:
+        print(summary(read_study(sys.argv[1]).name))
+    except (IndexError, FileNotFoundError):
+        sys.exit("there are no findings of that study: run `make study STUDY=studies/NAME.yaml` first.")
+    except ValueError as error:
+        sys.exit(str(error))
