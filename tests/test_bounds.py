@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, jacfwd, vmap
 
-from utils import bounds
+from utils import bounds, calculus
 from utils.bounds import Jet, closed_form, hessian_norm_bounds, loss_upper_bound
 from utils.models import ACTIVATIONS, build_model, loss_from_logits
 
@@ -145,7 +145,7 @@ def test_softmax_constants():
 def test_activation_constants(name):
     z = torch.linspace(-12, 12, 480_001, dtype=torch.float64)
     act = ACTIVATIONS[name]
-    first, second = bounds.activation_derivatives(name, z)
+    first, second = calculus.activation_derivatives(name, z)
     smooth = z != 0 if name == "relu" else z == z
     slope = vmap(grad(act))(z)
     bend = vmap(grad(grad(act)))(z)

@@ -4,12 +4,12 @@ The reference is double backward through `torch.autograd` with torch's own losse
 is in it. Forward over reverse, which the module uses, has to agree with it to rounding.
 """
 
-import importlib
+import copy
 import itertools
 import math
-import warnings
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from refusal import refused
@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from utils import curvature
 from utils.curvature import (
     Losses,
-    NormEstimate,
     dense_hessian,
+    hessian_block_norms,
     hessian_difference_norms,
     hessian_norm,
     hessian_trace,
@@ -34,6 +34,7 @@ from utils.curvature import (
     per_sample_hessian_norms,
     per_sample_hessian_vector_product,
     per_sample_losses,
+    spectral_density,
 )
 from utils.models import build_model
 
@@ -452,7 +453,7 @@ def test_a_chosen_start_certifies_nothing():
     found = {}
     for name, start in (("blind", blind), ("fair", fair)):
         ritz = lanczos(diagonal(values), start, max_steps=40, done=never)
-        found[name] = ritz.value.item(), curvature._certified(ritz, ritz.steps, 100, 1e-3).item()
+        found[name] = ritz.value.item(), curvature._certified(ritz, 100, 1e-3).item()
         assert ritz.residual.item() < 1e-3 * ritz.value.item() and not ritz.exhausted.any()
     assert found["blind"][0] < 0.51 and found["blind"][1] < 0.6  # the norm is 1: nothing was certified
     assert found["fair"][0] <= 1 + 1e-12 and 1 <= found["fair"][1] < 1.1
@@ -477,7 +478,7 @@ def test_certificate_holds_as_often_as_it_says(failure):
         values = torch.cat([(1 - gap) * nodes, torch.tensor([1.0], dtype=F64)]) - 0.3
         start = torch.randn(2000, P, dtype=F64, generator=torch.Generator().manual_seed(9))
         ritz = lanczos(diagonal(values), start, max_steps=steps, done=never)
-        upper = curvature._certified(ritz, ritz.steps, P, failure)
+        upper = curvature._certified(ritz, P, failure)
         assert (ritz.value <= 0.7 * (1 + 1e-12)).all()
         assert (upper < 0.7).double().mean() <= failure
         assert upper.isfinite().all()
@@ -538,52 +539,19 @@ def test_estimators_of_the_norm_agree(name):
     refused(lambda: hessian_norm(model, x, y, loss, estimator="power"), "power", "lanczos")
 
 
-def test_pyhessian_reports_the_true_residual_and_repeats_itself():
+def test_pyhessian_is_taken_through_its_adapter():
+    """Value, residual and convergence are ours, by the dense matrix; a subset of the parameters works, too."""
     model, x, y, loss = case("vit-pre-cls-gelu-depth2")
-    H = reference(model, x, y, loss)[2]
-    default, state = torch.get_default_dtype(), torch.get_rng_state()
-    first = hessian_norm(model, x, y, loss, estimator="pyhessian", seed=3)
-    second = hessian_norm(model, x, y, loss, estimator="pyhessian", seed=3)
-    assert first == NormEstimate(**(vars(second) | {"upper": first.upper}))  # nan is not equal to itself
-    assert torch.get_default_dtype() == default and torch.equal(torch.get_rng_state(), state)
-    assert hessian_norm(model, x, y, loss, estimator="pyhessian", seed=4).value != first.value
-    # the package itself, run here: its vector and that vector's residual by the dense matrix
-    internals = importlib.import_module("pyhessian.hessian")
-    torch.set_default_dtype(F64)
-    try:
-        torch.manual_seed(3)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # create_graph keeps the graph until .grad is cleared
-            theirs = internals.hessian(model, nn.CrossEntropyLoss(), data=(x, y), cuda=False)
-        (value,), (vector,) = theirs.eigenvalues()
-    finally:
-        torch.set_default_dtype(default)
-        torch.set_rng_state(state)
-        model.zero_grad(set_to_none=True)
-    v = torch.cat([t.reshape(-1) for t in vector])
-    v = v / v.norm()
-    theta = v @ H @ v
-    assert first.value == pytest.approx(abs(value), rel=1e-9)
-    assert first.lower == pytest.approx(theta.abs().item(), rel=1e-9)
-    assert first.residual == pytest.approx((H @ v - theta * v).norm().item(), rel=1e-6)
-    assert first.converged == (first.residual <= 1e-4 * first.lower) and first.iterations >= 2
-    refused(lambda: hessian_norm(model, x, y, estimator="pyhessian", parameters=["head.*"]), "parameters")
-
-
-def test_pyhessian_leaves_no_trace_when_it_fails(monkeypatch):
-    internals = importlib.import_module("pyhessian.hessian")
-    original, default = internals.hessian_vector_product, torch.get_default_dtype()
-
-    def fails(*_, **__):
-        raise RuntimeError("inside")
-
-    monkeypatch.setattr(internals.hessian, "eigenvalues", fails)
-    model, x, y, loss = case("mlp")
-    state = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="inside"):
-        hessian_norm(model, x, y, loss, estimator="pyhessian")
-    assert internals.hessian_vector_product is original and torch.get_default_dtype() == default
-    assert torch.equal(torch.get_rng_state(), state)
+    for names in (None, ["head.weight", "head.bias"]):
+        H = reference(model, x, y, loss, names)[2]
+        norm = float(norms_of(H))
+        found = hessian_norm(model, x, y, loss, estimator="pyhessian", parameters=names)
+        assert found.value == pytest.approx(norm, rel=1e-4) and found.lower <= norm * (1 + 1e-12)
+        nearest = (torch.linalg.eigvalsh((H + H.T) / 2).abs() - found.value).abs().min()
+        assert nearest <= found.residual + 1e-10 * norm and found.converged == (found.residual <= 1e-4 * found.value)
+    value, error = hessian_trace(model, x, y, loss, estimator="pyhessian", probes=40)
+    assert abs(value - reference(model, x, y, loss)[2].trace()) <= 4 * error
+    refused(lambda: hessian_norm(model, x, y, loss, estimator="pyhessian", part="functional"), "functional")
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -622,6 +590,141 @@ def test_trace():
     assert error <= 1e-10 * abs(value)
 
 
+def test_hutch_plus_plus_beats_hutchinson_where_few_eigenvalues_rule():
+    """Unbiased over seeds, its standard error is its spread, and it is smaller at the same number of products."""
+    model, x, y, loss = case("vit-pre-cls-gelu-depth2")
+    exact = reference(model, x, y, loss)[2].trace().item()
+    spread = {}
+    for estimator in ("hutchinson", "hutch++"):
+        found = torch.tensor(
+            [hessian_trace(model, x, y, loss, estimator=estimator, probes=24, seed=s) for s in range(40)], dtype=F64
+        )
+        spread[estimator] = found[:, 0].std().item()
+        assert abs(found[:, 0].mean().item() - exact) <= 4 * spread[estimator] / math.sqrt(40)
+        assert 0.6 <= found[:, 1].square().mean().sqrt().item() / spread[estimator] <= 1.6
+    assert spread["hutch++"] < 0.5 * spread["hutchinson"]
+    for estimator, probes in (("hutchinson", 1), ("hutch++", 5), ("pyhessian", 1)):
+        refused(lambda e=estimator, n=probes: hessian_trace(model, x, y, loss, estimator=e, probes=n), "probes")
+    refused(lambda: hessian_trace(model, x, y, loss, estimator="xtrace"), "hutchinson")
+
+
+def test_spectral_density_counts_the_eigenvalues():
+    """All P steps from each start: the weights are those of the dense spectrum; fewer keep the moments."""
+    model, x, y, loss = case("mlp")
+    H = reference(model, x, y, loss)[2]
+    values, P = torch.linalg.eigvalsh(H).numpy(), len(H)
+    full = spectral_density(model, x, y, loss, probes=60, steps=P)
+    assert full.nodes.shape == full.weights.shape == (60, P) and full.P == P
+    np.testing.assert_allclose(full.weights.sum(1), 1, rtol=1e-12)
+    thresholds = [0.3 * values.max(), 0.05 * values.max(), 1e-3 * values.max()]
+    for sign in (1, -1):
+        mean, low, high = full.count(thresholds, sign)
+        exact = [(sign * values > t).sum() for t in thresholds]
+        slack = (high - low) * 0.75 + 1e-9  # 60 probes: three standard errors
+        assert (np.abs(mean - exact) <= slack).all(), (sign, mean, exact, slack)
+    few = spectral_density(model, x, y, loss, probes=60, steps=4)
+    for power in (1, 2, 3):
+        value, error = few.moment(power)
+        assert abs(value - (values**power).sum()) <= 4 * error
+        again = full.moment(power)  # the same starts: moments below 2 steps do not depend on the steps
+        assert value == pytest.approx(again[0], rel=1e-8)
+    flat = spectral_density(nn.Linear(16, 3).double(), 0 * x.flatten(1), y, probes=2, steps=9, parameters=["weight"])
+    assert not flat.nodes.any() and flat.count([0.5])[0] == 0
+    refused(lambda: spectral_density(model, x, y, loss, probes=1), "probes")
+
+
+def test_block_norms_are_those_of_the_dense_blocks():
+    model, x, y, loss = case("vit-pre-cls-gelu-depth2")
+    H = reference(model, x, y, loss)[2]
+    groups = curvature.parameter_groups(model)
+    assert list(groups)[:2] == ["embedding", "LN 1"] and list(groups)[-1] == "head" and len(groups) == 16
+    assert sorted(n for names in groups.values() for n in names) == sorted(n for n, _ in model.named_parameters())
+    found = hessian_block_norms(model, x, y, loss, tolerance=1e-4, max_steps=60)
+    assert found.groups == list(groups) and found.values.shape == found.residual.shape == (16, 16)
+    owner = torch.cat([torch.full((p.numel(),), i) for _, p in model.named_parameters()
+                       for i, names in enumerate(groups.values()) if _ in names])  # fmt: skip
+    for i, j in itertools.product(range(16), repeat=2):
+        exact = torch.linalg.matrix_norm(H[owner == i][:, owner == j], 2).item()
+        assert found.values[i, j] == pytest.approx(exact, rel=1e-6), (i, j)
+        assert found.residual[i, j] <= 1e-3 * exact
+    # any other module: one group for each submodule that owns parameters
+    assert list(curvature.parameter_groups(Fused())) == ["scale", "shift", "embed", "qkv", "head"]
+
+
+@pytest.mark.parametrize("name", ["vit-pre-cls-gelu-depth2", "vit-post-mean-gelu-depth2-mse", "mlp"])
+def test_both_engines_give_the_same(name):
+    """The calculus, and jvp(grad) on the same network made unknown to it by a hook that does nothing."""
+    model, x, y, loss = case(name)
+    twin = copy.deepcopy(model)
+    twin.register_forward_hook(lambda *_: None)
+    known, unknown = Losses(model, x, y, loss), Losses(twin, x, y, loss)
+    assert known.steps is not None and unknown.steps is None
+    V = torch.randn(len(x), known.P, dtype=F64, generator=torch.Generator().manual_seed(2))
+    for part in ("full", "gauss_newton", "functional"):
+        close(known.product(V[0], part=part), unknown.product(V[0], part=part), 1e-9)
+        close(known.sample_products(V, part=part), unknown.sample_products(V, part=part), 1e-9)
+        a, b = (per_sample_hessian_norms(m, x, y, loss, part=part).value for m in (model, twin))
+        close(a, b, 1e-6)
+    close(known.sample_gradients(), unknown.sample_gradients())
+
+
+def test_a_changed_network_is_not_taken_for_ours():
+    """A replaced layer, a patched forward, a parametrisation: the calculus steps aside and the answer stays right."""
+    x, y = samples()
+
+    class Doubled(nn.Linear):
+        def forward(self, z):
+            return 2 * super().forward(z)
+
+    def replaced(model):
+        model.blocks[0].mlp.fc1 = randomised(Doubled(4, 4), 3)
+
+    def patched(model):
+        model.norm.forward = MethodType(lambda self, z: z * self.weight + self.bias, model.norm)
+
+    def parametrised(model):
+        torch.nn.utils.parametrizations.weight_norm(model.head)
+
+    for change in (replaced, patched, parametrised):
+        model = randomised(vit(), 2)
+        assert Losses(model, x, y).steps is not None
+        change(model)
+        assert Losses(model, x, y).steps is None
+        close(dense_hessian(model, x, y), reference(model, x, y, "cross_entropy")[2])
+
+
+def test_chunks_follow_the_memory_budget():
+    model, x, y, loss = case("vit-pre-cls-gelu-depth2")
+    values = []
+    for memory in (2**30, 2**20, 1):
+        losses = Losses(model, x, y, loss, memory=memory)
+        values.append(losses.chunk(24))
+        each = 8 * 24 * losses.P
+        assert losses.chunk(24) == 1 or losses.chunk(24) * each <= memory
+        close(losses.product(losses.w), Losses(model, x, y, loss).product(losses.w), 1e-12)
+        close(losses.sample_gradients(), Losses(model, x, y, loss).sample_gradients(), 1e-12)
+    assert values[0] > values[1] > values[2] == 1
+    assert Losses(model, x, y, loss, chunk_size=7, memory=1).chunk(24) == 7
+
+
+def test_half_trained_network():
+    """Indefinite Hessians after a few steps of training: every value within 1e-3 of the dense one, both precisions."""
+    model, (x, y) = vit(depth=2, d_model=8, d_ff=8), samples(7, n=20)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.float()), y).backward()
+        optimizer.step()
+    model = model.double()
+    spectra = torch.linalg.eigvalsh(sample_hessians(model, x, y))
+    exact = spectra.abs().amax(1)
+    assert (spectra[:, 0] < -0.1 * spectra[:, -1]).sum() >= 3
+    for dtype, tolerance in ((F64, 1e-6), (torch.float32, 1e-3)):
+        found = per_sample_hessian_norms(model, x, y, dtype=dtype)
+        error = (found.value.double() - exact).abs() / exact
+        assert ((error <= tolerance) | ~found.converged).all() and found.converged.double().mean() >= 0.95
+
+
 def test_operator_norm_reports_what_it_did():
     values = torch.linspace(-3, 2, 50, dtype=F64)
     start = torch.randn(50, dtype=F64, generator=torch.Generator().manual_seed(1))
@@ -655,6 +758,9 @@ def test_model_and_generators_are_left_alone():
         lambda: hessian_norm(model, x, y, loss, estimator="pyhessian"),
         lambda: hessian_difference_norms(model, x, y, [2], loss=loss, max_steps=9),
         lambda: hessian_trace(model, x, y, loss, probes=2),
+        lambda: hessian_trace(model, x, y, loss, estimator="hutch++", probes=6),
+        lambda: spectral_density(model, x, y, loss, probes=2, steps=3),
+        lambda: hessian_block_norms(model, x, y, loss, max_steps=2),
     ):
         first, again = call(), call()
         assert repr(first) == repr(again)  # the same seed, the same answer
@@ -665,6 +771,55 @@ def test_model_and_generators_are_left_alone():
         assert all(torch.equal(t, before[n]) and t.dtype == torch.float32 for n, t in model.state_dict().items())
         assert torch.equal(torch.get_rng_state(), state) and torch.get_default_dtype() == default
         assert torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_frozen_parameters_are_coordinates_like_any_other():
+    """The surface is a function of all weights; `parameters` restricts it, requires_grad does not."""
+    model, x, y, loss = case("mlp")
+    frozen = copy.deepcopy(model)
+    frozen.layers[0].requires_grad_(False)
+    close(dense_hessian(frozen, x, y, loss), dense_hessian(model, x, y, loss))
+    found, expected = (per_sample_hessian_norms(m, x, y, loss).value for m in (frozen, model))
+    assert torch.equal(found, expected)
+
+
+def test_parameters_that_the_loss_does_not_use():
+    """Zero rows and columns, in both engines: the norm is that of the rest."""
+    model, x, y, loss = case("fused")
+    norm = per_sample_hessian_norms(model, x, y, loss).value
+    model.idle = nn.Linear(3, 3).double()
+    close(per_sample_hessian_norms(model, x, y, loss).value, norm, 1e-9)
+    H = dense_hessian(model, x, y, loss)
+    assert not H[-12:].any() and not H[:, -12:].any()
+    # the key bias of our own attention has no influence: softmax ignores constants in its rows
+    own, x, y, loss = case("vit-pre-mean-relu")
+    only = per_sample_hessian_norms(own, x, y, loss, parameters=["*.key.bias"])
+    assert (only.value <= 1e-12 * per_sample_hessian_norms(own, x, y, loss).value).all()
+    assert per_sample_hessian_norms(model, x, y, parameters=["idle.*"]).value.tolist() == [0.0] * 5
+
+
+def test_one_class_has_no_curvature():
+    x, y = samples(K=1)
+    for model in (randomised(vit(n_classes=1), 1), randomised(Fused(K=1), 1)):
+        for certify in (False, True):
+            found = per_sample_hessian_norms(model, x, y, certify=certify)
+            assert found.value.abs().max() <= 1e-12 and found.converged.all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("make", [vit, Fused])
+def test_weights_that_are_no_numbers_are_refused(make, value):
+    model, (x, y) = make().double(), samples()
+    with torch.no_grad():
+        model.head.weight[0, 0] = value
+    for call in (
+        lambda: per_sample_losses(model, x, y),
+        lambda: per_sample_hessian_norms(model, x, y),
+        lambda: hessian_norm(model, x, y),
+        lambda: spectral_density(model, x, y),
+        lambda: hessian_block_norms(model, x, y),
+    ):
+        refused(call, "head.weight", "NaN or infinity")
 
 
 def test_starts_come_from_a_stream_of_their_own():

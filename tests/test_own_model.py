@@ -68,6 +68,8 @@ def own(tmp_path_factory):
 def test_own_model_gets_every_measured_quantity(own):
     norms = table(own, "per_sample_norms.csv", "own")
     assert norms["converged"].all() and (norms["value"] > 0).all()
+    assert len(table(own, "hessian_norms.csv", "own")) and len(table(own, "spectrum.csv", "own"))
+    assert {"qkv", "head"} <= set(table(own, "blocks.csv", "own")["row"])
     bounds = table(own, "bounds.csv", "own")
     assert set(bounds["rung"]) == {"certified"} and (bounds["ratio"] >= 1 - 1e-9).all()
     assert len(table(own, "convergence.csv", "own").query("experiment == 'ball'")) > 0

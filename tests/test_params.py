@@ -9,10 +9,15 @@ from utils import params
 
 NORMS = {
     "run": "try",
-    "sizes": [10, 20],
     "n_per_sample": 5,
     "n_certified": 2,
-    "probes": 3,
+    "n_pyhessian": 2,
+    "n_pool": 30,
+    "sizes": [10, 20],
+    "n_repeats": 3,
+    "n_blocks": 4,
+    "probes": 6,
+    "steps": 8,
     "confidence": 0.9,
     "seed": 0,
 }
@@ -66,7 +71,7 @@ def test_yaml_exponent_without_point_is_a_number():
     ("name", "value"),
     [
         ("probes", "three"),
-        ("probes", 1),
+        ("probes", 5),
         ("probes", 2.5),
         ("probes", True),
         ("probes", None),
@@ -138,7 +143,7 @@ def test_validate_returns_and_prints(capsys):
     p = params.validate(params.HessianNorms, session(CELL))
     assert p.model_dump() == NORMS
     out = capsys.readouterr().out
-    assert "device cpu, dtype float64, seed 0" in out and "torch " in out and "probes               3" in out
+    assert "device cpu, dtype float64, seed 0" in out and "torch " in out and "probes               6" in out
     params.validate(params.HessianNorms, session(CELL))
     assert capsys.readouterr().out == out
 
@@ -162,10 +167,10 @@ def test_a_name_that_no_notebook_knows_is_refused(cells):
 
 
 def test_other_variables_of_a_session_are_none_of_its_business(capsys):
-    scratch = ("x = 3", "y: int = 4", "depth, width = 1, 2", "import math", "print('probs')", "probes = 5")
-    assert params.validate(params.HessianNorms, session(*scratch[:-1], CELL, *scratch, CELL)).probes == 3
+    scratch = ("x = 3", "y: int = 4", "depth, width = 1, 2", "import math", "print('probs')", "probes = 9")
+    assert params.validate(params.HessianNorms, session(*scratch[:-1], CELL, *scratch, CELL)).probes == 6
     corrected = session(CELL + "\nprobs: int = 3", CELL)
-    assert params.validate(params.HessianNorms, corrected).probes == 3
+    assert params.validate(params.HessianNorms, corrected).probes == 6
 
 
 def test_validate_outside_a_notebook(capsys):
@@ -183,7 +188,7 @@ def notebooks(tmp_path):
     some = {"run": "quickstart", "study": "quickstart", "runs": ["quickstart"], "sizes": [1, 2], "radii": [0.1]}
     some |= {"tolerances": [0.1], "rungs": ["prior"], "norm": "pre", "activation": "gelu", "pool": "cls", "weights": ""}
     some |= {"loss": "mse", "model": "vit", "dataset": "digits", "data_root": "", "confidence": 0.9, "eps": 1e-5}
-    some |= {"calibration_fraction": 0.2, "test_fraction": 0.2}
+    some |= {"calibration_fraction": 0.2, "test_fraction": 0.2, "n_pool": 4, "probes": 6}
     for stage, model in params.MODELS.items():
         lines = [f"{n}: {type(some.get(n, 2)).__name__} = {some.get(n, 2)!r}  # help" for n in model.model_fields]
         cell = {"cell_type": "code", "source": "\n".join(lines).splitlines(True), "metadata": {}}

@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from utils import calculus
 from utils.models import ACTIVATIONS, LOSSES, ViT, prepared_copy
 
 RUNGS = ("closed_form", "prior", "activations")
@@ -129,20 +130,6 @@ def _rho_floor(eps: float, floor: float | None) -> tuple[float, float]:
     if rho == 0:
         raise ValueError("A LayerNorm has eps = 0, so no bound holds for every input: give variance_floor.")
     return rho, min(LAYER_NORM_SECOND / rho**2, LAYER_NORM_UNIFORM / eps if eps > 0 else math.inf)
-
-
-def activation_derivatives(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(act'(z), act''(z)); ReLU takes the slope 1 at its kink. Source: Lemma 4 (lem:activations)."""
-    if name == "gelu":
-        phi = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-        return torch.special.ndtr(z) + z * phi, phi * (2 - z.square())
-    if name == "gelu_tanh":
-        c, a = math.sqrt(2 / math.pi), 0.044715
-        t = torch.tanh(c * (z + a * z**3))
-        sech2 = 1 - t.square()
-        slope, bend = c * (1 + 3 * a * z.square()), 6 * c * a * z
-        return (1 + t) / 2 + z * sech2 * slope / 2, sech2 * slope + z * sech2 * (bend / 2 - t * slope.square())
-    return (z >= 0).to(z.dtype), torch.zeros_like(z)
 
 
 # --- Theorem 1: the calculus of majorant jets ---------------------------------------------------------
@@ -330,8 +317,11 @@ def _mlp_prior(mlp: nn.Module, X: _Rows, R: float) -> dict:
 
 
 def _mlp_data(mlp: nn.Module, X: Tensor) -> tuple[dict, Tensor]:
-    first, second = (t.abs().amax((1, 2)) for t in activation_derivatives(mlp.activation, mlp.fc1(X)))
-    G = ACTIVATIONS[mlp.activation](mlp.fc1(X))
+    Z = mlp.fc1(X)
+    first, second = (t.abs().amax((1, 2)) for t in calculus.activation_derivatives(mlp.activation, Z))
+    if mlp.activation == "relu":  # at a kink the larger slope
+        first = (Z >= 0).any(2).any(1).to(first)
+    G = ACTIVATIONS[mlp.activation](Z)
     norms = {"X1": _spectral(_with_ones(X)), "act1": first, "act2": second, "G1": _spectral(_with_ones(G))}
     return norms | _weight_norms({"W_1": mlp.fc1, "W_2": mlp.fc2}, 0.0), mlp.fc2(G)
 
@@ -692,7 +682,7 @@ def loss_upper_bound(model: nn.Module, radius: float = 0.0) -> float:
 
 
 def _check_model(model: nn.Module) -> None:
-    if type(model) is not ViT:
+    if type(model) is not ViT or not calculus.known(model):
         raise ValueError(
             f"The analytic bounds know only the networks of utils.models.ViT, not {type(model).__name__}: "
             "use the certified measured norm, which applies to any module."

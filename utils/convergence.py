@@ -194,8 +194,10 @@ def one_step_on_ball(
     def e(w):  # e_k at the flat weights w
         return (losses.values(w, new)[0] - losses.values(w, first).mean()).item()
 
+    of_new, of_first = losses.hessian(rows=new), losses.hessian(rows=first)
+
     def bend(v):  # Hess e_k v
-        return losses.product(v, rows=new) - losses.product(v, rows=first)
+        return of_new(v) - of_first(v)
 
     w0, gradient = losses.w, losses.gradient(rows=new) - losses.gradient(rows=first)
     generator = torch.Generator().manual_seed(100_003 * seed + k)

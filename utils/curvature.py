@@ -1,27 +1,31 @@
-"""Losses, gradients and Hessians of the classifier: products, norms with residuals, certificates, traces.
+"""Losses, gradients and Hessians of the classifier: products, norms with residuals, certificates, traces, spectra.
 
 Every function works on a copy of the model (eval mode, float64 unless said otherwise, attention by
 its mathematical kernel) and leaves the model handed in as it was. Flat vectors of length P follow
-`named_parameters`; `parameters` restricts them by name patterns (`["head.*"]`). Second derivatives
-are `jvp(grad)`: forward over reverse, which is right on every module, `F.layer_norm` included.
+`named_parameters`, frozen ones included: the surface is a function of all weights; `parameters` restricts
+them by name patterns (`["head.*"]`). Second derivatives of the networks of `utils.models` are walks of
+`utils.calculus`; any other module gets the same through `jvp(grad)`, forward over reverse, which is right on
+every module, `F.layer_norm` included.
 
-L_k is the mean loss of k samples, H_k its Hessian, h_i the Hessian of sample i alone.
+L_k is the mean loss of k samples, H_k its Hessian, h_i the Hessian of sample i alone. A Hessian splits into the
+Gauss-Newton part J^T S J, with J the Jacobian of the logits and S the loss's Hessian in them, and the functional
+part, the rest; `part` chooses "full", "gauss_newton" or "functional".
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, vjp, vmap
 
+from utils import calculus, pyhessian_adapter
 from utils.models import (
     logits,
     loss_from_logits,
@@ -29,6 +33,12 @@ from utils.models import (
     refuse_random_or_batch_dependent,
     second_order_mode,
 )
+
+PARTS = ("full", "gauss_newton", "functional")
+MEMORY = 2**30  # default budget of an estimator's working arrays [bytes]
+TAPE = 6  # arrays that a walk of the calculus holds for every activation of a forward pass, measured
+LEAST = 8  # Lanczos steps before an estimate may be taken for settled
+UNORTHOGONAL = 20  # Lanczos steps that need no reorthogonalisation at the tolerances of the fast estimates
 
 
 @dataclass(frozen=True)
@@ -54,9 +64,10 @@ class NormEstimate:
 class Losses:
     """The losses of a batch as functions of a flat weight vector: what every operator below is built from.
 
-    x (n, ...) and y (n,) are the samples, `parameters` the name patterns of the coordinates that move.
-    Raises ValueError for patterns that match nothing and for models whose loss of a sample is random
-    or depends on other samples.
+    x (n, ...) and y (n,) are the samples, `parameters` the name patterns of the coordinates that move. `memory`
+    [bytes] is the budget from which chunk sizes follow; `chunk_size` [samples] overrides them.
+    Raises ValueError for patterns that match nothing, for weights that are not finite and for models whose loss of
+    a sample is random or depends on other samples.
     """
 
     def __init__(
@@ -69,7 +80,8 @@ class Losses:
         parameters: list[str] | None = None,
         dtype: torch.dtype = torch.float64,
         device=None,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
+        memory: int = MEMORY,
     ):
         if len(x) != len(y) or len(x) == 0:
             raise ValueError(f"x has {len(x)} samples and y has {len(y)}: give as many labels as inputs, at least one.")
@@ -77,7 +89,10 @@ class Losses:
             device = next(model.parameters()).device
         self.model = prepared_copy(model, dtype, device)
         self.x = x.to(device=device, dtype=dtype if x.is_floating_point() else x.dtype)
-        self.y, self.loss, self.chunk_size = y.to(device), loss, chunk_size
+        self.y, self.loss, self.chunk_size, self.memory = y.to(device), loss, chunk_size, memory
+        for n, p in self.model.named_parameters():
+            if not p.isfinite().all():
+                raise ValueError(f"The weights {n} hold NaN or infinity: train the model again or load other weights.")
         refuse_random_or_batch_dependent(self.model, self.x)
         named = {n: p.detach() for n, p in self.model.named_parameters()}
         chosen = [n for n in named if parameters is None or any(fnmatchcase(n, q) for q in parameters)]
@@ -86,7 +101,9 @@ class Losses:
         for n, p in self.model.named_parameters():  # the others are constants: no graph is kept for them
             p.requires_grad_(n in chosen)
         self.point = {n: named[n] for n in chosen}
+        self.rest = {n: t for n, t in named.items() if n not in chosen}
         self.n, self.P = len(x), sum(t.numel() for t in self.point.values())
+        self.steps = calculus.steps_of(self.model) if calculus.known(self.model) else None
 
     @property
     def w(self) -> Tensor:
@@ -98,26 +115,54 @@ class Losses:
         parts = v.split([t.numel() for t in self.point.values()], dim=-1)
         return {n: p.reshape(*v.shape[:-1], *t.shape) for p, (n, t) in zip(parts, self.point.items(), strict=True)}
 
-    @staticmethod
-    def _flatten(tensors: dict[str, Tensor], leading: int) -> Tensor:
-        return torch.cat([t.reshape(*t.shape[:leading], -1) for t in tensors.values()], dim=-1)
+    def flatten(self, tensors: dict[str, Tensor | None], leading: tuple[int, ...] = ()) -> Tensor:
+        """The inverse of `unflatten`, (*leading, P); None stands for zeros."""
+        w = next(iter(self.point.values()))
+        out, at = w.new_empty(*leading, self.P), 0
+        for n, t in self.point.items():
+            part = out[..., at : at + t.numel()]
+            part.zero_() if tensors[n] is None else part.copy_(tensors[n].reshape(*leading, -1))
+            at += t.numel()
+        return out
 
     def _batch(self, point: dict, x: Tensor, y: Tensor) -> Tensor:  # -> (n,) losses
-        return loss_from_logits(
-            functional_call(_Logits(self.model), {f"net.{n}": t for n, t in point.items()}, (x,)), y, self.loss
-        )
+        return loss_from_logits(self._logits(point, x), y, self.loss)
 
-    def _one(self, point: dict, x: Tensor, y: Tensor) -> Tensor:  # one sample -> its loss
-        return self._batch(point, x[None], y[None])[0]
-
-    def _chunks(self, rows: Tensor):
-        return rows.split(self.chunk_size)
+    def _logits(self, point: dict, x: Tensor) -> Tensor:
+        return functional_call(Logits(self.model), {f"net.{n}": t for n, t in point.items()}, (x,))
 
     def _all(self, rows: Tensor | None) -> Tensor:
-        return torch.arange(self.n, device=self.x.device) if rows is None else torch.as_tensor(rows)
+        return torch.arange(self.n, device=self.x.device) if rows is None else torch.as_tensor(rows).to(self.x.device)
 
     def _at(self, w: Tensor | None) -> dict[str, Tensor]:
         return self.point if w is None else self.unflatten(w)
+
+    def chunk(self, vectors: int, most: int = 256) -> int:
+        """Samples that fit the budget when each needs `vectors` arrays of length P beside its activations."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        each = self.w.element_size() * (vectors * self.P + TAPE * self._activations())
+        return max(1, min(most, self.memory // each))
+
+    def _activations(self) -> int:
+        """Numbers in one sample's activations, from one forward pass."""
+        if not hasattr(self, "_size"):
+            self._size = 0
+
+            def count(_, __, out):
+                self._size += out.numel() if isinstance(out, Tensor) else 0
+
+            hooks = [m.register_forward_hook(count) for m in self.model.modules()]
+            with torch.no_grad(), second_order_mode():
+                self.model(self.x[:1])
+            for hook in hooks:
+                hook.remove()
+        return self._size
+
+    def _tape(self, point: dict, rows: Tensor, sums: bool) -> calculus.Tape:
+        with torch.no_grad():
+            x = calculus.data_of(self.model, self.x[rows])
+            return calculus.Tape(self.steps, self.rest | point, x, self.y[rows], self.loss, tuple(point), sums)
 
     def values(self, w: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Losses (m,) of the samples in `rows` (default: all) at the flat weights w (P,) (default: the model's own)."""
@@ -143,42 +188,102 @@ class Losses:
 
     def sample_gradients(self, w: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Gradients (m, P) at w of the samples in `rows`."""
-        point = self._at(w)
-        with second_order_mode():
-            return torch.cat(
-                [
-                    self._flatten(vmap(grad(self._one), (None, 0, 0))(point, self.x[r], self.y[r]), 1)
-                    for r in self._chunks(self._all(rows))
-                ]
-            )
+        point, parts = self._at(w), []
 
-    def product(self, v: Tensor, w: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """H v (P,) for the Hessian at w of the mean loss over `rows`. Cost: about two gradients."""
-        point, rows, direction, total = self._at(w), self._all(rows), self.unflatten(v), 0.0
+        def one(q, a, b):
+            return grad(lambda u: self._batch(u, a[None], b[None])[0])(q)
+
+        for r in self._all(rows).split(self.chunk(3)):
+            if self.steps is not None:
+                found = self._tape(point, r, False).gradient()
+            else:
+                with second_order_mode():
+                    found = vmap(one, (None, 0, 0))(point, self.x[r], self.y[r])
+            parts.append(self.flatten(found, (len(r),)))
+        return torch.cat(parts)
+
+    def hessian(self, w: Tensor | None = None, rows: Tensor | None = None, part: str = "full"):
+        """The map v (P,) -> H v (P,), H the Hessian at w of the mean loss over `rows`. Cost of a call: two gradients.
+
+        What the products share is kept between calls while it fits the memory budget.
+        """
+        _check_part(part)
+        point, rows = self._at(w), self._all(rows)
+        if self.steps is None:
+            return lambda v: self._by_differentiation(v, point, rows, part)
+        chunks = rows.split(self.chunk(0, 64))
+        room = self.memory // (len(chunks[0]) * TAPE * self._activations() * self.w.element_size() + 1)
+        tapes = [self._tape(point, r, True) for r in chunks[: max(1, room)]]
+
+        def product(v: Tensor) -> Tensor:
+            with torch.no_grad():
+                direction, total = self.unflatten(v), torch.zeros_like(v)
+                for i, r in enumerate(chunks):
+                    tape = tapes[i] if i < len(tapes) else self._tape(point, r, True)
+                    total += self.flatten(tape.product(direction, part))
+            return total / len(rows)
+
+        return product
+
+    def _by_differentiation(self, v, point, rows, part):
+        direction, total = self.unflatten(v), 0.0
         with second_order_mode():
             for r in rows.split(256):
-                a, b = self.x[r], self.y[r]
-                g = grad(lambda q, a=a, b=b: self._batch(q, a, b).sum())
-                total = total + self._flatten(jvp(g, (point,), (direction,))[1], 0)
+                total = total + self.flatten(self._differentiated(point, direction, self.x[r], self.y[r], part))
         return total / len(rows)
 
-    def sample_products(self, v: Tensor, rows: Tensor | None = None) -> Tensor:
-        """h_i v_i (m, P) for the samples in `rows`, each with its own vector v (m, P)."""
-        rows = self._all(rows)
+    def _differentiated(self, point, direction, x, y, part):
+        """(d/dt) of the summed gradient along `direction`, or of its part, by name: forward over reverse."""
+        full = {}
+        if part != "gauss_newton":
+            full = jvp(grad(lambda q: self._batch(q, x, y).sum()), (point,), (direction,))[1]
+            if part == "full":
+                return full
+        f, df = jvp(lambda q: self._logits(q, x), (point,), (direction,))
+        curved = jvp(grad(lambda u: loss_from_logits(u, y, self.loss).sum()), (f,), (df,))[1]
+        outer = vjp(lambda q: self._logits(q, x), point)[1](curved)[0]
+        return outer if part == "gauss_newton" else {n: full[n] - outer[n] for n in point}
+
+    def product(self, v: Tensor, w: Tensor | None = None, rows: Tensor | None = None, part: str = "full") -> Tensor:
+        """H v (P,) for the Hessian at w of the mean loss over `rows`; `hessian` for more than one v."""
+        return self.hessian(w, rows, part)(v)
+
+    def sample_hessians(self, rows: Tensor | None = None, part: str = "full"):
+        """The map (V (m, P), local (m,)) -> h_i V_j (m, P), i = rows[local[j]]: one vector a sample.
+
+        What products share is kept while `local` stays the same. m samples at once: the caller chunks.
+        """
+        _check_part(part)
+        rows, seen = self._all(rows), {}
 
         def one(direction, a, b):
-            return jvp(lambda q: grad(self._one)(q, a, b), (self.point,), (direction,))[1]
+            return self._differentiated(self.point, direction, a[None], b[None], part)
 
-        with second_order_mode():
-            return torch.cat(
-                [
-                    self._flatten(vmap(one)(self.unflatten(u), self.x[r], self.y[r]), 1)
-                    for r, u in zip(self._chunks(rows), self._chunks(v), strict=True)
-                ]
-            )
+        def product(V: Tensor, local: Tensor) -> Tensor:
+            here = rows[local]
+            if self.steps is None:
+                with second_order_mode():
+                    return self.flatten(vmap(one)(self.unflatten(V), self.x[here], self.y[here]), (len(V),))
+            with torch.no_grad():
+                if "tape" not in seen or not torch.equal(seen["rows"], here):
+                    seen.update(rows=here, tape=self._tape(self.point, here, False))
+                return self.flatten(seen["tape"].product(self.unflatten(V), part), (len(V),))
+
+        return product
+
+    def sample_products(self, v: Tensor, rows: Tensor | None = None, part: str = "full") -> Tensor:
+        """h_i v_i (m, P) for the samples in `rows`, each with its own vector v (m, P)."""
+        rows = self._all(rows)
+        pairs = zip(rows.split(self.chunk(4)), v.split(self.chunk(4)), strict=True)
+        return torch.cat([self.sample_hessians(r, part)(u, torch.arange(len(r), device=u.device)) for r, u in pairs])
 
 
-class _Logits(nn.Module):
+def _check_part(part: str) -> None:
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}.")
+
+
+class Logits(nn.Module):
     """The model with its output reduced to the logits, so that `functional_call` sees one tensor."""
 
     def __init__(self, net: nn.Module):
@@ -202,34 +307,38 @@ def per_sample_gradients(model, x, y, loss="cross_entropy", **options) -> Tensor
     return Losses(model, x, y, loss, **options).sample_gradients()
 
 
-def hessian_vector_product(model, x, y, v, loss="cross_entropy", **options) -> Tensor:
+def hessian_vector_product(model, x, y, v, loss="cross_entropy", *, part="full", **options) -> Tensor:
     """H v (P,) of the mean loss, v (P,)."""
-    return Losses(model, x, y, loss, **options).product(v)
+    return Losses(model, x, y, loss, **options).product(v, part=part)
 
 
-def per_sample_hessian_vector_product(model, x, y, v, loss="cross_entropy", **options) -> Tensor:
+def per_sample_hessian_vector_product(model, x, y, v, loss="cross_entropy", *, part="full", **options) -> Tensor:
     """h_i v_i (n, P), one vector a sample, v (n, P)."""
-    return Losses(model, x, y, loss, **options).sample_products(v)
+    return Losses(model, x, y, loss, **options).sample_products(v, part=part)
 
 
-def dense_hessian(model, x, y, loss="cross_entropy", **options) -> Tensor:
+def dense_hessian(model, x, y, loss="cross_entropy", *, part="full", **options) -> Tensor:
     """The Hessian (P, P) of the mean loss, by products with the unit vectors: for small networks and tests."""
     losses = Losses(model, x, y, loss, **options)
-    units = torch.eye(losses.P, dtype=losses.w.dtype, device=losses.w.device)
-    return torch.cat([vmap(losses.product)(e) for e in units.split(max(1, 512 // losses.n))])
+    product = losses.hessian(part=part)
+    return torch.stack([product(e) for e in torch.eye(losses.P, dtype=losses.w.dtype, device=losses.w.device)])
 
 
 # --- Lanczos --------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Ritz:
-    """Extreme Ritz values (m,), the residual of the one larger in magnitude, the products spent, and whether the
-    Krylov space was exhausted: then every eigenvalue that the start has a share in is among the Ritz values."""
+class Ritz:
+    """Extreme Ritz values (m,) with their residuals, the products spent, and whether the Krylov space was
+    exhausted: then every eigenvalue that the start has a share in is among the Ritz values.
+
+    residual is that of the value larger in magnitude, other that of the opposite end.
+    """
 
     low: Tensor
     high: Tensor
     residual: Tensor
+    other: Tensor
     steps: Tensor
     exhausted: Tensor
 
@@ -237,46 +346,85 @@ class _Ritz:
     def value(self) -> Tensor:
         return torch.maximum(self.high.abs(), self.low.abs())
 
+    @property
+    def opposite(self) -> Tensor:
+        """How far the end of the smaller magnitude reaches beyond zero, with its residual."""
+        return torch.minimum(self.high.clamp_min(0), (-self.low).clamp_min(0)) + self.other
+
+    def put(self, rows: Tensor, new: Ritz) -> None:
+        for name, value in vars(new).items():
+            getattr(self, name)[rows] = value
+
 
 def lanczos(
-    product: Callable[[Tensor, Tensor], Tensor], start: Tensor, *, max_steps: int, done: Callable[[_Ritz, int], Tensor]
-) -> _Ritz:
-    """Lanczos on m symmetric operators side by side, with full reorthogonalisation (twice).
+    product: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    *,
+    max_steps: int,
+    done: Callable[[Ritz, int], Tensor],
+    orthogonal_from: int = 0,
+) -> Ritz:
+    """Lanczos on m symmetric operators side by side.
 
-    product(V, rows) applies operator rows[j] to V[j]; start is (m, P). Rows for which
-    `done(ritz, steps)` is true, or whose Krylov space is exhausted, leave the batch.
+    product(V, rows) applies operator rows[j] to V[j]; start is (m, P). Rows for which `done(ritz, steps)` is true, or
+    whose Krylov space is exhausted, leave the batch, once they make up a quarter of it. Full
+    reorthogonalisation (twice) after step `orthogonal_from`; before it the three-term recurrence alone.
     Source: Golub, Van Loan, Matrix Computations, section 10.1.
     """
     m, P = start.shape
     max_steps = min(max_steps, P)
-    rows = torch.arange(m, device=start.device)
-    V = [start / start.norm(dim=1, keepdim=True)]
+    rows = torch.arange(m, device=start.device)  # operators still at work, in the order of the vectors
+    zeros, eps = start.new_zeros(m), torch.finfo(start.dtype).eps
+    out = Ritz(*(zeros.clone() for _ in range(4)), rows * 0, rows < 0)
     alpha, beta = start.new_zeros(m, max_steps), start.new_zeros(m, max_steps)
-    steps = torch.zeros(m, dtype=torch.long, device=start.device)
-    out = _Ritz(*(start.new_zeros(m) for _ in range(3)), steps, steps.bool())
+    v, before = start / start.norm(dim=1, keepdim=True), None
+    basis = [(rows, v)]  # vectors of each step with the rows they belong to
     for j in range(1, max_steps + 1):
-        z = product(V[-1], rows)
-        alpha[rows, j - 1] = (V[-1] * z).sum(1)
-        basis = torch.stack(V, 1)  # (active, j, P)
-        for _ in range(2):
-            z = z - torch.einsum("mjp,mj->mp", basis, torch.einsum("mjp,mp->mj", basis, z))
+        z = product(v, rows)
+        a = _dots(v, z)
+        alpha[rows, j - 1] = a
+        if j > orthogonal_from:
+            position = torch.full((m,), -1, device=rows.device)
+            for _ in range(2):
+                for held, b in basis:
+                    if len(held) != len(rows):
+                        position[held] = torch.arange(len(held), device=rows.device)
+                        b = b[position[rows]]
+                    z.addcmul_(b, _dots(b, z)[:, None], value=-1)
+        else:
+            z.addcmul_(v, a[:, None], value=-1)
+            if before is not None:
+                z.addcmul_(before, length[:, None], value=-1)  # noqa: F821
         length = z.norm(dim=1)
         beta[rows, j - 1] = length
-        off = beta[rows, : j - 1]
-        T = torch.diag_embed(alpha[rows, :j]) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-        theta, s = torch.linalg.eigh(T)
-        top = torch.where(theta[:, -1].abs() >= theta[:, 0].abs(), s[:, -1, -1].abs(), s[:, -1, 0].abs())
-        exhausted = length <= 1e-13 * torch.maximum(theta[:, -1].abs(), theta[:, 0].abs())
-        ritz = _Ritz(theta[:, 0], theta[:, -1], length * top, torch.full_like(rows, j), exhausted)
-        out.low[rows], out.high[rows], out.residual[rows], out.steps[rows] = ritz.low, ritz.high, ritz.residual, j
-        out.exhausted[rows] = exhausted
-        keep = ~(done(ritz, j) | exhausted)
-        if not keep.any():
+        scale = torch.maximum(alpha[rows, :j].abs().amax(1), beta[rows, : j - 1].amax(1) if j > 1 else zeros[rows])
+        exhausted = length <= (500 * eps if j > orthogonal_from else 0.1 * math.sqrt(eps)) * scale
+        keep = ~exhausted
+        ritz = _ritz(alpha[rows, :j], beta[rows, :j], exhausted)
+        out.put(rows, ritz)
+        keep &= ~done(ritz, j)
+        if j == max_steps or not keep.any():
             break
-        if not keep.all():
-            rows, V, z, length = rows[keep], [b[keep] for b in V], z[keep], length[keep]
-        V.append(z / length[:, None])
+        if exhausted.any() or keep.sum() <= 0.75 * len(rows):
+            rows, v, z, length = rows[keep], v[keep], z[keep], length[keep]
+        before, v = v, z.div_(length[:, None])
+        basis.append((rows, v))
     return out
+
+
+def _dots(u: Tensor, v: Tensor) -> Tensor:
+    """Row by row u.v, (m, P) -> (m,), as a matrix product: no array of products in between."""
+    return torch.bmm(u[:, None], v[:, :, None])[:, 0, 0]
+
+
+def _ritz(alpha: Tensor, beta: Tensor, exhausted: Tensor) -> Ritz:
+    """Extreme eigenvalues of the tridiagonal matrices alpha (m, j), beta (m, j), the last beta leading outside."""
+    off, j = beta[:, :-1], alpha.shape[1]
+    theta, s = torch.linalg.eigh(torch.diag_embed(alpha) + torch.diag_embed(off, -1))  # reads the lower triangle
+    tail = beta[:, -1:] * s[:, -1, [0, -1]].abs()  # residuals of the two ends
+    top = (theta[:, -1].abs() >= theta[:, 0].abs()).long()[:, None]
+    residual, other = (tail.gather(1, i)[:, 0] for i in (top, 1 - top))
+    return Ritz(theta[:, 0], theta[:, -1], residual, other, torch.full_like(top[:, 0], j), exhausted)
 
 
 def lanczos_epsilon(steps: int, P: int, failure: float) -> float:
@@ -303,9 +451,10 @@ def _start(shape, losses: Losses, seed: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(losses.w)
 
 
-def _certified(ritz: _Ritz, steps: Tensor, P: int, failure: float) -> Tensor:
-    eps = torch.tensor([lanczos_epsilon(int(q), P, failure) for q in steps.tolist()], dtype=torch.float64)
-    eps = eps.to(ritz.value.device)
+def _certified(ritz: Ritz, P: int, failure: float) -> Tensor:
+    """Upper ends (m,) of Theorem (thm:lanczos) from a uniform start; inf where eps >= 1/2, exact where exhausted."""
+    epsilon = {q: lanczos_epsilon(q, P, failure) for q in set(ritz.steps.tolist())}
+    eps = torch.tensor([epsilon[q] for q in ritz.steps.tolist()], dtype=torch.float64).to(ritz.value.device)
     eps = torch.where(ritz.exhausted, 0.0, eps)
     upper = ritz.value + eps * (ritz.high - ritz.low) / (1 - 2 * eps)
     return torch.where(eps < 0.5, upper, torch.inf)
@@ -322,61 +471,70 @@ def per_sample_hessian_norms(
     tolerance=1e-4,
     max_steps=80,
     seed=0,
+    part="full",
     progress=None,
     **options,
 ) -> NormEstimate:
     """Spectral norms of the n per-sample Hessians h_i, batched Lanczos; NormEstimate with tensors of length n.
 
     Without `certify` the start is the sample's gradient (fast, residual only), and a second, random
-    start follows wherever the two ends of the spectrum are within 30 % of each other; `upper` is nan.
+    start follows wherever the two ends of the spectrum are within 30 % of each other; `upper` is nan. A sample is done
+    when the residual is `tolerance` of the value and the other end, with its own residual, cannot overtake it.
     With `certify` the start is uniform and runs until the interval is narrower than `tolerance` (at
-    least 5 %) of the value or `max_steps` are spent; all n upper ends hold together with probability
-    `confidence` over the start. Cost: 10 to 20 products a sample, with `certify` about 50.
+    least 5 %) of the value or `max_steps` are spent; all n upper ends hold together, at every step, with probability
+    `confidence` over the start, for Hessians that do not depend on it. `upper` is inf while nothing can be said.
+    Cost: 8 to 15 products a sample, with `certify` about 50. Memory: the option `memory` [bytes].
     Rounding is not covered by the certificate. Source: Theorem (thm:lanczos).
     """
     losses = Losses(model, x, y, loss, **options)
     failure, width = (1 - confidence) / losses.n, max(tolerance, 0.05)
     parts = []
-    for rows in losses._chunks(torch.arange(losses.n, device=losses.x.device)):
 
-        def product(v, local, rows=rows):
-            return losses.sample_products(v, rows[local])
+    def settled(ritz, j):
+        if j < LEAST:
+            return torch.zeros_like(ritz.exhausted)
+        near = tolerance * ritz.value
+        return (ritz.residual <= near) & ((ritz.opposite <= ritz.value) | (ritz.other <= near))
 
-        def settled(ritz, j):
-            return (ritz.residual <= tolerance * ritz.value) if j >= 8 else torch.zeros_like(ritz.value, dtype=bool)
+    def narrow(ritz, j):
+        return _certified(ritz, losses.P, failure) - ritz.value <= width * ritz.value
 
-        def certified(ritz, j):
-            return _certified(ritz, ritz.steps, losses.P, failure) - ritz.value <= width * ritz.value
-
+    for rows in torch.arange(losses.n, device=losses.x.device).split(losses.chunk(max_steps if certify else 24)):
+        product = losses.sample_hessians(rows, part)
         if certify:
             # one direction serves all samples: the event of the theorem is about each of them
             start = _start((1, losses.P), losses, seed).expand(len(rows), -1)
-            ritz = lanczos(product, start, max_steps=max_steps, done=certified)
-            upper = _certified(ritz, ritz.steps, losses.P, failure)
+            ritz = lanczos(product, start, max_steps=max_steps, done=narrow)
+            upper = _certified(ritz, losses.P, failure)
             converged = upper - ritz.value <= width * ritz.value
         else:
             start = losses.sample_gradients(rows=rows)
             start[start.norm(dim=1) == 0] = 1.0
-            ritz = lanczos(product, start, max_steps=max_steps, done=settled)
+            ritz = lanczos(product, start, max_steps=max_steps, done=settled, orthogonal_from=UNORTHOGONAL)
             close = torch.minimum(ritz.low.abs(), ritz.high.abs()) > 0.7 * ritz.value
-            close |= ritz.steps < 8  # a gradient inside a small invariant space says nothing about the rest
+            close |= ritz.steps < LEAST  # a gradient inside a small invariant space says nothing about the rest
             if close.any():
                 again = lanczos(
-                    lambda v, local, r=rows[close]: losses.sample_products(v, r[local]),
+                    losses.sample_hessians(rows[close], part),
                     _start((int(close.sum()), losses.P), losses, seed),
                     max_steps=max_steps,
                     done=settled,
+                    orthogonal_from=UNORTHOGONAL,
                 )
-                better = again.value > ritz.value[close]
-                ritz.residual[close] = torch.where(better, again.residual, ritz.residual[close])
-                ritz.low[close] = torch.minimum(ritz.low[close], again.low)
-                ritz.high[close] = torch.maximum(ritz.high[close], again.high)
-                ritz.steps[close] += again.steps
+                ritz.put(close, _better(Ritz(*(value[close] for value in vars(ritz).values())), again))
             upper, converged = torch.full_like(ritz.value, torch.nan), ritz.residual <= tolerance * ritz.value
         parts.append((ritz.value, ritz.value, upper, ritz.residual, ritz.steps, converged))
         if progress is not None:
             progress(len(rows))
     return NormEstimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _better(a: Ritz, b: Ritz) -> Ritz:
+    """Two runs on the same operators as one: the wider ends, the residual of the larger value, steps added up."""
+    first = a.value >= b.value
+    residual, other = (torch.where(first, getattr(a, n), getattr(b, n)) for n in ("residual", "other"))
+    low, high = torch.minimum(a.low, b.low), torch.maximum(a.high, b.high)
+    return Ritz(low, high, residual, other, a.steps + b.steps, a.exhausted & b.exhausted)
 
 
 def operator_norm(
@@ -386,20 +544,21 @@ def operator_norm(
     tolerance: float,
     max_steps: int,
     failure: float | None = None,
+    least: int = LEAST,
 ) -> NormEstimate:
     """‖A‖ of one symmetric operator v -> A v on vectors (P,), by Lanczos from `start` (P,).
 
-    With `failure` the upper end holds with probability 1 - failure over a uniform start, and the run
-    goes on until it is within 5 % of the value. Source: Theorem (thm:lanczos).
+    At least `least` steps. With `failure` the upper end holds with probability 1 - failure over a uniform start, and
+    the run goes on until it is within 5 % of the value. Source: Theorem (thm:lanczos).
     """
 
     def upper(ritz):
         if failure is None:
             return torch.full_like(ritz.value, torch.nan)
-        return _certified(ritz, ritz.steps, len(start), failure)
+        return _certified(ritz, len(start), failure)
 
     def done(ritz, j):
-        settled = (ritz.residual <= tolerance * ritz.value) & (ritz.steps >= 8)
+        settled = (ritz.residual <= tolerance * ritz.value) & (ritz.opposite <= ritz.value) & (j >= least)
         return settled if failure is None else settled & (upper(ritz) <= 1.05 * ritz.value)
 
     ritz = lanczos(lambda v, rows: product(v[0])[None], start[None], max_steps=max_steps, done=done)
@@ -419,81 +578,38 @@ def hessian_norm(
     tolerance=1e-4,
     max_steps=80,
     seed=0,
+    part="full",
     **options,
 ) -> NormEstimate:
     """Spectral norm of the Hessian H_k of the mean loss over the k samples given.
 
     estimator "lanczos": random start, until the residual is `tolerance` of the value; with `certify`
-    the upper end of Theorem (thm:lanczos) at the steps spent. "pyhessian": PyHessian's power iteration
-    at its defaults, with a residual computed here, since it reports none. "exact": a dense
-    eigenvalue decomposition (P products, P x P memory; float64 rounding only).
+    the upper end of Theorem (thm:lanczos) at the steps spent. "pyhessian": PyHessian's power iteration behind
+    `utils.pyhessian_adapter`: three starts, tight stopping, a rescaled operator, and a residual computed here, since
+    it reports none. "exact": a dense eigenvalue decomposition (P products, P x P memory; float64 rounding only).
     """
     losses = Losses(model, x, y, loss, **options)
     if estimator == "exact":
-        H = dense_hessian(model, x, y, loss, **options)
+        H = dense_hessian(model, x, y, loss, part=part, **options)
         values, vectors = torch.linalg.eigh((H + H.T) / 2)
         top = int(values.abs().argmax())
         value, v = values[top].abs().item(), vectors[:, top]
-        residual = (losses.product(v) - values[top] * v).norm().item()
+        residual = (losses.product(v, part=part) - values[top] * v).norm().item()
         return NormEstimate(value, value - residual, value + residual, residual, losses.P, True)
     if estimator == "pyhessian":
-        return _pyhessian(losses, tolerance, seed)
+        if part != "full":
+            raise ValueError(f"PyHessian knows the whole Hessian only, not the {part} part: take estimator lanczos.")
+        e = pyhessian_adapter.eigenvalue(losses, seed=seed)
+        return NormEstimate(e.value, e.value, math.nan, e.residual, e.iterations, e.residual <= tolerance * e.value)
     if estimator != "lanczos":
         raise ValueError(f"estimator is {estimator!r}: choose lanczos, pyhessian or exact.")
     return operator_norm(
-        losses.product,
+        losses.hessian(part=part),
         _start((losses.P,), losses, seed),
         tolerance=tolerance,
         max_steps=max_steps,
         failure=1 - confidence if certify else None,
     )
-
-
-def _pyhessian(losses: Losses, tolerance: float, seed: int) -> NormEstimate:
-    """PyHessian 0.1 at its defaults (maxIter 100, tol 1e-3), with the products counted and the residual added.
-
-    Its start vectors take torch's default dtype and global generator, and it builds its graph with
-    `backward(create_graph=True)`: the default dtype and the generator are set aside meanwhile, and
-    `.grad` of the copy is cleared before and after, or a second run would add to the first one's.
-    """
-    internals = importlib.import_module("pyhessian.hessian")  # the package's attribute is the class
-
-    if len(losses.point) != len(list(losses.model.parameters())):
-        raise ValueError("PyHessian takes all parameters: leave `parameters` out or choose the estimator lanczos.")
-    losses.model.zero_grad(set_to_none=True)
-    default = torch.get_default_dtype()
-    calls = 0
-
-    def counted(products):
-        def call(*arguments):
-            nonlocal calls
-            calls += 1
-            return products(*arguments)
-
-        return call
-
-    original = internals.hessian_vector_product
-    try:
-        torch.set_default_dtype(losses.w.dtype)
-        internals.hessian_vector_product = counted(original)
-        with torch.random.fork_rng(), second_order_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # create_graph leaks until .grad is cleared, which is done below
-            torch.manual_seed(seed)
-            mean_loss = lambda f, y: loss_from_logits(f, y, losses.loss).mean()  # noqa: E731
-            estimator = internals.hessian(
-                _Logits(losses.model), mean_loss, data=(losses.x, losses.y), cuda=losses.x.device.type == "cuda"
-            )
-            (value,), (vector,) = estimator.eigenvalues()
-    finally:
-        torch.set_default_dtype(default)
-        internals.hessian_vector_product = original
-        losses.model.zero_grad(set_to_none=True)
-    v = torch.cat([p.detach().reshape(-1) for p in vector])
-    v = v / v.norm()
-    Hv = losses.product(v)
-    theta = (v @ Hv).item()
-    residual = (Hv - theta * v).norm().item()
-    return NormEstimate(abs(value), abs(theta), math.nan, residual, calls, residual <= tolerance * abs(theta))
 
 
 @dataclass(frozen=True)
@@ -510,8 +626,9 @@ def hessian_difference_norms(
 ) -> DifferenceNorms:
     """Norms of the exact differences H_{k+1} - H_k = (h_{k+1} - H_k)/(k+1) and H_k - H_n, never of a subsample.
 
-    `order` (n,) is the order in which samples arrive. k < n. Cost of one size: 10 to 20 products over k
-    samples for the step and over n for the limit (H_k - H_n = (1 - k/n)(H_k - mean of the rest)).
+    `order` (n,) is the order in which samples arrive. k < n. Cost of one size: 10 to 20 products over k + 1
+    samples for the step and over n for the limit (H_k - H_n = (1 - k/n)(H_k - mean of the rest)), a product
+    over m samples costing about two gradients of m losses; a grid of sizes costs the sum.
     """
     losses = Losses(model, x, y, loss, **options)
     order = torch.arange(losses.n) if order is None else torch.as_tensor(order)
@@ -521,35 +638,195 @@ def hessian_difference_norms(
     start = _start((losses.P,), losses, seed)
     step, limit = [], []
     for k in sizes:
-        first, rest = order[:k], order[k:]
-        step.append(
-            operator_norm(
-                lambda v, a=first, b=order[k : k + 1], k=k: (
-                    (losses.product(v, rows=b) - losses.product(v, rows=a)) / (k + 1)
-                ),
-                start,
-                tolerance=tolerance,
-                max_steps=max_steps,
+        first, new, rest = (losses.hessian(rows=r) for r in (order[:k], order[k : k + 1], order[k:]))
+        for found, plus, minus, factor in ((step, new, first, 1 / (k + 1)), (limit, first, rest, 1 - k / n)):
+            found.append(
+                operator_norm(
+                    lambda v, a=plus, b=minus, c=factor: c * (a(v) - b(v)),
+                    start,
+                    tolerance=tolerance,
+                    max_steps=max_steps,
+                )
             )
-        )
-        limit.append(
-            operator_norm(
-                lambda v, a=first, b=rest, k=k: (1 - k / n) * (losses.product(v, rows=a) - losses.product(v, rows=b)),
-                start,
-                tolerance=tolerance,
-                max_steps=max_steps,
-            )
-        )
     return DifferenceNorms(list(sizes), step, limit)
 
 
-def hessian_trace(model, x, y, loss="cross_entropy", *, probes=32, seed=0, **options) -> tuple[float, float]:
-    """Hutchinson's estimate of the trace of H_k, and its standard error over `probes` Rademacher vectors.
+# --- trace and spectrum ---------------------------------------------------------------------------
 
-    Source: Hutchinson (1990). Unlike PyHessian's, the number of probes is fixed beforehand: a stopping
-    rule on the running mean biases the estimate.
+
+def hessian_trace(
+    model, x, y, loss="cross_entropy", *, estimator="hutchinson", probes=32, seed=0, part="full", **options
+) -> tuple[float, float]:
+    """An estimate of the trace of H_k, and its standard error, from `probes` products.
+
+    estimator "hutchinson": the mean of v^T H v over Rademacher v (Hutchinson 1990). "hutch++": a third of the products
+    finds the range Q of H on random signs, a third takes the trace of Q^T H Q exactly, a third is Hutchinson's on the
+    rest (1 - QQ^T) H (1 - QQ^T); the standard error is that of the rest, given Q (Meyer, Musco, Musco, Woodruff 2021).
+    "pyhessian": PyHessian's own probes without its stopping rule. The number of probes is fixed beforehand: a rule
+    on the running mean biases the estimate. Raises ValueError for fewer than 2 probes (hutch++: 6).
     """
     losses = Losses(model, x, y, loss, **options)
-    signs = torch.sign(_start((probes, losses.P), losses, seed))
-    values = torch.stack([v @ losses.product(v) for v in signs])
-    return values.mean().item(), (values.std() / math.sqrt(probes)).item()
+    least = {"hutchinson": 2, "pyhessian": 2, "hutch++": 6}
+    if estimator not in least:
+        raise ValueError(f"estimator is {estimator!r}: choose hutchinson, hutch++ or pyhessian.")
+    if probes < least[estimator]:
+        raise ValueError(f"{estimator} with {probes} probes has no standard error: give at least {least[estimator]}.")
+    if estimator == "pyhessian":
+        if part != "full":
+            raise ValueError(f"PyHessian knows the whole Hessian only, not the {part} part: take estimator hutchinson.")
+        return pyhessian_adapter.trace(losses, probes=probes, seed=seed)[:2]
+    product = losses.hessian(part=part)
+    signs, known = torch.sign(_start((probes, losses.P), losses, seed)), 0.0
+    if estimator == "hutch++":
+        third = min(probes // 3, losses.P)
+        Q = torch.linalg.qr(torch.stack([product(v) for v in signs[:third]], 1)).Q  # (P, third)
+        known = sum((q @ product(q)).item() for q in Q.T)
+        signs = signs[2 * third :]
+        signs = signs - (signs @ Q) @ Q.T
+    values = torch.stack([v @ product(v) for v in signs])
+    return known + values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """Ritz values `nodes` and `weights` (probes, steps) of stochastic Lanczos quadrature; a row of weights sums to 1.
+
+    For each probe the weight above t estimates the share of the P eigenvalues above t.
+    """
+
+    nodes: np.ndarray
+    weights: np.ndarray
+    P: int
+
+    def count(self, thresholds, sign: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How many eigenvalues have sign * value > t, for each t: mean over the probes with a 95 % band (t quantile).
+
+        The band is that of the probes; the quadrature's own error falls with the steps. Below about P/1000 of a
+        probe's spread a count is noise: one eigenvalue has weight 1/P.
+        """
+        from scipy.stats import t as student
+
+        above = sign * self.nodes[:, :, None] > np.asarray(thresholds)
+        counts = self.P * (self.weights[:, :, None] * above).sum(1)  # (probes, thresholds)
+        error = counts.std(0, ddof=1) / math.sqrt(len(counts)) * student.ppf(0.975, len(counts) - 1)
+        return counts.mean(0), counts.mean(0) - error, counts.mean(0) + error
+
+    def moment(self, power: int) -> tuple[float, float]:
+        """tr H^power and its standard error; exact in the quadrature up to power 2 steps - 1."""
+        values = self.P * (self.weights * self.nodes**power).sum(1)
+        return values.mean(), values.std(ddof=1) / math.sqrt(len(values))
+
+
+def spectral_density(
+    model, x, y, loss="cross_entropy", *, probes=8, steps=40, seed=0, part="full", **options
+) -> SpectralDensity:
+    """The spectrum of H_k by stochastic Lanczos quadrature: `steps` products for each of `probes` uniform starts.
+
+    Full reorthogonalisation; memory probes x steps x P. Source: Golub, Welsch (1969); Ubaru, Chen, Saad (2017).
+    Raises ValueError for fewer than 2 probes, which have no band.
+    """
+    if probes < 2 or steps < 1:
+        raise ValueError(f"There are {probes} probes and {steps} steps: give at least 2 probes and 1 step.")
+    losses = Losses(model, x, y, loss, **options)
+    product, nodes, weights = losses.hessian(part=part), [], []
+    for v in _start((probes, losses.P), losses, seed):
+        alpha, beta, basis, v = [], [], [], v / v.norm()
+        for _ in range(min(steps, losses.P)):
+            basis.append(v)
+            z = product(v)
+            alpha.append((v @ z).item())
+            for _ in range(2):
+                for b in basis:
+                    z = z - (b @ z) * b
+            length = z.norm().item()
+            if length <= 1e-13 * max(map(abs, alpha)):
+                break
+            beta.append(length)
+            v = z / length
+        theta, s = np.linalg.eigh(
+            np.diag(alpha) + np.diag(beta[: len(alpha) - 1], 1) + np.diag(beta[: len(alpha) - 1], -1)
+        )
+        pad = min(steps, losses.P) - len(theta)  # an exhausted Krylov space has fewer nodes: repeat one with weight 0
+        nodes.append(np.r_[theta, np.full(pad, theta[0])])
+        weights.append(np.r_[s[0] ** 2, np.zeros(pad)])
+    return SpectralDensity(np.stack(nodes), np.stack(weights), losses.P)
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
+    """Groups of parameters, label -> names: what the block matrix of norms is taken over.
+
+    A ViT has embedding (patches, positions, CLS), Q, K, V, O, W1, W2, LN of every layer, and head (with the final
+    LayerNorm); weight and bias stay together. Any other module: one group for each submodule that owns parameters.
+    """
+    roles = {
+        "attention.query": "Q",
+        "attention.key": "K",
+        "attention.value": "V",
+        "attention.out": "O",
+        "mlp.fc1": "W1",
+        "mlp.fc2": "W2",
+        "norm1": "LN",
+        "norm2": "LN",
+    }
+    groups: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        owner = name.rpartition(".")[0] or name
+        if isinstance(model, calculus.ViT):
+            if owner.startswith("blocks."):
+                _, layer, inner = owner.split(".", 2)
+                owner = f"{roles[inner]} {int(layer) + 1}"
+            else:
+                owner = "head" if owner in ("head", "norm") else "embedding"
+        groups.setdefault(owner, []).append(name)
+    return (
+        dict(sorted(groups.items(), key=lambda g: (g[0] == "head", g[0] != "embedding")))
+        if "head" in groups
+        else groups
+    )
+
+
+@dataclass(frozen=True)
+class BlockNorms:
+    """Spectral norms (m, m) of the blocks of H_k between groups of parameters; symmetric.
+
+    residual (m, m): |B^T B v - s^2 v| / s of the unit vector behind each norm s.
+    """
+
+    groups: list[str]
+    values: np.ndarray
+    residual: np.ndarray
+
+
+def hessian_block_norms(
+    model, x, y, loss="cross_entropy", *, groups=None, tolerance=1e-2, max_steps=20, seed=0, **options
+) -> BlockNorms:
+    """‖H_k[g, g']‖ for every pair of groups of parameters (default: `parameter_groups`).
+
+    Lanczos on B^T B for the block B = H[g, g'], two products a step, each of which walks only through what the two
+    groups touch, until the residual is `tolerance` of the value. Cost: about m(m+1)/2 times 10 products.
+    """
+    losses = Losses(model, x, y, loss, **options)
+    groups = parameter_groups(model) if groups is None else groups
+    names, m = list(groups), len(groups)
+    values, residual = np.zeros((m, m)), np.zeros((m, m))
+    for i in range(m):
+        for j in range(i + 1):
+            pair = Losses(losses.model, x, y, loss, parameters=[*groups[names[i]], *groups[names[j]]], **options)
+            inside = {n: torch.full_like(t, n in groups[names[j]]) for n, t in pair.point.items()}
+            mask = pair.flatten(inside).bool()  # coordinates of the second group
+            H, start = pair.hessian(), torch.where(mask, _start((pair.P,), pair, seed), 0.0)
+            other = mask if i == j else ~mask
+            norm = operator_norm(
+                lambda v, H=H, a=other, b=mask: torch.where(b, H(torch.where(a, H(v), 0.0)), 0.0),
+                start,
+                tolerance=2 * tolerance,
+                max_steps=min(max_steps, int(mask.sum())),
+                least=3,
+            )
+            s = math.sqrt(norm.value)
+            values[i, j] = values[j, i] = s
+            residual[i, j] = residual[j, i] = norm.residual / s if s > 0 else 0.0
+    return BlockNorms(names, values, residual)

@@ -150,13 +150,18 @@ class ModelTraining(Parameters):
 
 
 class HessianNorms(Parameters):
-    """Notebook 03."""
+    """Notebook 03; `sizes` beyond `n_pool` - 1 are left out."""
 
     run: Name
-    sizes: Sizes
     n_per_sample: AtLeastTwo
     n_certified: Count
-    probes: AtLeastTwo
+    n_pyhessian: Count
+    n_pool: _says(int, "an integer of at least 4", ge=4)
+    sizes: Sizes
+    n_repeats: AtLeastTwo
+    n_blocks: Count
+    probes: _says(int, "an integer of at least 6", ge=6)
+    steps: AtLeastTwo
     confidence: Fraction
     seed: Seed
 

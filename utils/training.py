@@ -178,8 +178,10 @@ def _descend(losses, w, centre, l2, budget, result, progress) -> Tensor:
             break
         some = torch.arange(min(256, losses.n))  # a step of 1/norm is stable up to a norm twice too small
 
-        def bend(v, w=w, some=some):
-            return losses.product(v.to(dtype), w.to(dtype), some).double() + l2 * v
+        curvature = losses.hessian(w.to(dtype), some)
+
+        def bend(v, curvature=curvature):
+            return curvature(v.to(dtype)).double() + l2 * v
 
         steepest = operator_norm(bend, gradient, tolerance=1e-2, max_steps=12)
         for _ in range(ROUND // 2):
@@ -193,7 +195,7 @@ def _descend(losses, w, centre, l2, budget, result, progress) -> Tensor:
 def _stopping_rule(losses: Losses, w: Tensor) -> float:
     """0.1 sqrt(tr Sigma_g / n), Sigma_g the covariance (divisor n - 1) of the per-sample gradients at w."""
     squares, total = 0.0, torch.zeros_like(w)
-    for rows in torch.arange(losses.n).split(losses.chunk_size):
+    for rows in torch.arange(losses.n).split(losses.chunk(3)):
         g = losses.sample_gradients(w, rows)
         squares, total = squares + g.square().sum().item(), total + g.sum(0)
     trace = (squares - total.square().sum().item() / losses.n) / max(losses.n - 1, 1)
