@@ -32,7 +32,8 @@ from utils.models import ACTIVATIONS, MLP, Attention, Block, MultilayerPerceptro
 # forward(*inputs)           -> (phi(inputs), saved): `saved` is what the other three need
 # tangent(saved, dz)         -> D phi [dz], dz a tuple with a tangent (or None) for each input
 # adjoint(saved, lam)        -> D phi^T lam, a tuple with a part for each input; parameters get one row a sample
-# second_order(saved, lam)   -> the map dz -> < lam, D^2 phi [dz, .] >, a tuple again; None where phi is linear
+# second_order(saved, lam)   -> the map (dz, dout) -> < lam, D^2 phi [dz, .] >, a tuple again, where dout = D phi [dz]
+#                               has been computed anyway; None in place of the method where phi is linear
 # A node whose adjoint has a parameter's part takes sums=True: the parts are summed over the samples then.
 
 
@@ -58,28 +59,35 @@ class Linear:
             Z = moved.expand(len(X), X.shape[1], -1) if Z is None else Z + moved
         return Z
 
-    def adjoint(self, saved, lam, sums=False, wanted=(True, True, True)):
+    def adjoint(self, saved, lam, sums=False, wanted=(True, True, True), into=None):
         X, W, bias = saved
         dX = lam @ W if wanted[0] else None
-        dW = _outer(lam, X, sums) if wanted[1] else None
+        dW = _outer(lam, X, sums, into) if wanted[1] else None
         return (dX, dW, lam.sum((0, 1) if sums else 1) if wanted[2] else None) if bias else (dX, dW)
 
     def second_order(self, saved, lam, sums=False, wanted=(True, True, True)):
         bias = saved[2]
 
-        def form(dz):
+        def form(dz, dout, into=None):
             dX, dW = dz[:2]
             out = (
                 None if dW is None or not wanted[0] else lam @ dW,
-                None if dX is None or not wanted[1] else _outer(lam, dX, sums),
+                None if dX is None or not wanted[1] else _outer(lam, dX, sums, into),
             )
             return (*out, None) if bias else out
 
         return form
 
 
-def _outer(lam, X, sums):
-    """sum over tokens lam_t X_t^T: (n, out, in), or summed over the samples too (out, in)."""
+def _outer(lam, X, sums, into=None):
+    """sum over tokens lam_t X_t^T: (n, out, in), or summed over the samples too (out, in).
+
+    Into a `Target` it is added in place, and None is returned: these are the largest arrays of a walk.
+    """
+    if into is not None and not sums:
+        into.value.baddbmm_(lam.mT, X, beta=float(into.filled))
+        into.filled = True
+        return None
     return lam.flatten(0, 1).mT @ X.flatten(0, 1) if sums else lam.mT @ X
 
 
@@ -124,7 +132,7 @@ class Score:
     def second_order(self, saved, lam):
         lam = saved[2] * lam
 
-        def form(dz):
+        def form(dz, dout):
             dQ, dK = dz
             return (
                 None if dK is None else _joined(lam @ _heads(dK, self.H)),
@@ -149,7 +157,7 @@ def _plus(a, b):
 class Softmax:
     """s = softmax(t) in every row, (..., N) -> (..., N).
 
-    D: s o (t' - s.t') = D^T, symmetric.  D^2: with c = lam - s.lam and s' = D[t'] the form is s' o c - s (s'.lam).
+    D: s o (t' - s.t') = D^T, symmetric.  D^2: with c = lam - s.lam and s' = D[t'] the form is s' o c - s (s'.c).
     Source: Lemma 1 (lem:softmax).
     """
 
@@ -168,15 +176,12 @@ class Softmax:
     def second_order(self, saved, lam):
         (s,) = saved
         c = lam - (s * lam).sum(-1, keepdim=True)
-        sc = s * c
 
-        def form(dz):  # s'.lam = s'.c, since s' sums to zero; s' o c = sc o (t' - s.t')
-            (dT,) = dz
-            if dT is None:
+        def form(dz, dout):
+            if dout is None:
                 return (None,)
-            moved = dT - (s * dT).sum(-1, keepdim=True)
-            out = sc * moved
-            return (out - s * out.sum(-1, keepdim=True),)
+            out = dout * c
+            return (out.addcmul_(s, out.sum(-1, keepdim=True), value=-1),)
 
         return form
 
@@ -207,7 +212,7 @@ class Mixing:
     def second_order(self, saved, lam):
         lam = _heads(lam, self.H)
 
-        def form(dz):
+        def form(dz, dout):
             dA, dV = dz
             return (
                 None if dV is None else lam @ _heads(dV, self.H).mT,
@@ -238,9 +243,9 @@ class Activation:
 
     def second_order(self, saved, lam):
         if self.name == "relu":
-            return lambda dz: (None,)
+            return lambda dz, dout: (None,)
         bend = lam * saved[1]
-        return lambda dz: (None if dz[0] is None else bend * dz[0],)
+        return lambda dz, dout: (None if dz[0] is None else bend * dz[0],)
 
 
 def activation_derivatives(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,70 +262,89 @@ def activation_derivatives(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
     return (z > 0).to(z.dtype), torch.zeros_like(z)
 
 
-class LayerNorm:
-    """gamma o n + beta in every row (n, N, d), n = P x / rho, P x = x - mean(x), rho^2 = |P x|^2 / d + eps.
+class Normalisation:
+    """n = P x / rho in every row, P x = x - mean(x), rho^2 = |P x|^2 / d + eps: (n, N, d) -> (n, N, d).
 
-    Dn[x'] = (P x' - n (n.x')/d) / rho, symmetric.  With mu = gamma o lam the form in x is
-    D^2n = -(1/(d rho^2)) [P mu (n.x') + n (P mu.x') + (n.mu) P x' - (3/d) (n.mu)(n.x') n],
-    and gamma couples with x by <lam, gamma' o Dn[x']>. Source: Lemma 3 (lem:layernorm), (eq:layer-norm).
+    D[x'] = (P x' - n (n.x')/d) / rho, symmetric.  D^2: with m = P lam the form is
+    -(1/(d rho^2)) [m (n.x') + n (m.x') + (n.lam) P x' - (3/d) (n.lam)(n.x') n].
+    LayerNorm is this node, then `Affine`. Source: Lemma 3 (lem:layernorm), (eq:layer-norm).
     """
 
     def __init__(self, eps: float):
         self.eps = eps
 
-    def forward(self, X, gamma, beta):
+    def forward(self, X):
         centred = X - X.mean(-1, keepdim=True)
         scale = (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()  # 1/rho
         n = centred * scale
-        return torch.addcmul(beta, n, gamma), (n, scale, gamma)
-
-    @staticmethod
-    def _first(n, scale, v):  # Dn[v]
-        d = n.shape[-1]
-        return (v - v.mean(-1, keepdim=True) - n * ((n * v).sum(-1, keepdim=True) / d)).mul_(scale)
+        return n, (n, scale)
 
     def tangent(self, saved, dz):
-        (n, scale, gamma), (dX, dgamma, dbeta) = saved, dz
-        out = None if dX is None else gamma * self._first(n, scale, dX)
+        return None if dz[0] is None else self.adjoint(saved, dz[0])[0]
+
+    def adjoint(self, saved, lam):
+        n, scale = saved
+        out = lam - lam.mean(-1, keepdim=True)
+        return (out.addcmul_(n, (n * lam).sum(-1, keepdim=True), value=-1 / n.shape[-1]).mul_(scale),)
+
+    def second_order(self, saved, lam):
+        n, scale = saved
+        d, factor = n.shape[-1], -scale.square() / n.shape[-1]
+        along = (n * lam).sum(-1, keepdim=True)  # n.lam
+        m = factor * (lam - lam.mean(-1, keepdim=True))
+        along = factor * along
+        skew = m - (3 / d) * along * n  # the form is  m (n.x') + n (skew.x') + along P x'
+
+        def form(dz, dout):
+            (dX,) = dz
+            if dX is None:
+                return (None,)
+            out = along * (dX - dX.mean(-1, keepdim=True))
+            out.addcmul_(m, (n * dX).sum(-1, keepdim=True))
+            return (out.addcmul_(n, (skew * dX).sum(-1, keepdim=True)),)
+
+        return form
+
+
+class Affine:
+    """Z = gamma o X + beta in every row: X (n, N, d), gamma, beta (d,) -> (n, N, d).
+
+    D^T lam: (gamma o lam, sum_t lam_t o x_t, sum_t lam_t).  D^2: (gamma' o lam, sum_t lam_t o x'_t, 0).
+    Source: (eq:layer-norm).
+    """
+
+    def forward(self, X, gamma, beta):
+        return torch.addcmul(beta, X, gamma), (X, gamma)
+
+    def tangent(self, saved, dz):
+        (X, gamma), (dX, dgamma, dbeta) = saved, dz
+        out = None if dX is None else gamma * dX
         if dgamma is not None:
-            out = _plus(out, n * dgamma[..., None, :])
+            moved = dgamma[..., None, :]
+            out = X * moved if out is None else out.addcmul_(X, moved)
         if dbeta is not None:
-            out = dbeta[..., None, :].expand_as(n) if out is None else out + dbeta[..., None, :]
+            out = dbeta[..., None, :].expand_as(X) if out is None else out.add_(dbeta[..., None, :])
         return out
 
     def adjoint(self, saved, lam, sums=False, wanted=(True, True, True)):
-        n, scale, gamma = saved
+        X, gamma = saved
         over = (0, 1) if sums else 1
         return (
-            self._first(n, scale, gamma * lam) if wanted[0] else None,
-            (lam * n).sum(over) if wanted[1] else None,
+            gamma * lam if wanted[0] else None,
+            (lam * X).sum(over) if wanted[1] else None,
             lam.sum(over) if wanted[2] else None,
         )
 
     def second_order(self, saved, lam, sums=False, wanted=(True, True, True)):
-        n, scale, gamma = saved
-        d = n.shape[-1]
-        mu = gamma * lam
-        along = (n * mu).sum(-1, keepdim=True)  # n.mu
-        mu = mu - mu.mean(-1, keepdim=True)  # P mu
-        factor = -scale.square() / d
-        mu, along, over = factor * mu, factor * along, (0, 1) if sums else 1
-        # the form in x is  mu (n.x') + n (mu.x' - (3/d) along (n.x')) + along P x'
-        skew = mu - (3 / d) * along * n
+        over = (0, 1) if sums else 1
 
-        def form(dz):
+        def form(dz, dout):
             dX, dgamma, _ = dz
-            in_x = in_gamma = None
-            if dX is not None:
-                if wanted[0]:
-                    dot = (n * dX).sum(-1, keepdim=True)
-                    in_x = along * (dX - dX.mean(-1, keepdim=True))
-                    in_x.addcmul_(mu, dot).addcmul_(n, (skew * dX).sum(-1, keepdim=True))
-                if wanted[1]:
-                    in_gamma = (lam * self._first(n, scale, dX)).sum(over)
-            if dgamma is not None and wanted[0]:
-                in_x = _plus(in_x, self._first(n, scale, dgamma[..., None, :] * lam))
-            return in_x, in_gamma, None
+            return (
+                dgamma[..., None, :] * lam if dgamma is not None and wanted[0] else None,
+                (lam * dX).sum(over) if dX is not None and wanted[1] else None,
+                None,
+            )
 
         return form
 
@@ -404,7 +428,7 @@ class CrossEntropy:
         p = saved[0]
         weighted = lam[:, None, None] * p
 
-        def form(dz):
+        def form(dz, dout):
             if dz[0] is None:
                 return (None,)
             g = dz[0] - dz[0].gather(-1, self.y)
@@ -437,11 +461,11 @@ class SquaredError:
 
     def second_order(self, saved, lam):
         curvature = 2 / saved[0][0].numel() * lam[:, None, None]
-        return lambda dz: (None if dz[0] is None else curvature * dz[0],)
+        return lambda dz, dout: (None if dz[0] is None else curvature * dz[0],)
 
 
 LOSS_NODES = {"cross_entropy": CrossEntropy, "mse": SquaredError}
-PARAMETRIC = (Linear, LayerNorm, Embedding)  # inputs after the first are parameters
+PARAMETRIC = (Linear, Affine, Embedding)  # inputs after the first are parameters
 
 
 # --- networks as chains -------------------------------------------------------------------------------
@@ -502,7 +526,8 @@ def _vit_steps(model: ViT) -> list[Step]:
     c = model.config
 
     def norm(output, source, name):
-        return Step(LayerNorm(c.eps), (source, f"{name}.weight", f"{name}.bias"), output)
+        normalise = Step(Normalisation(c.eps), (source,), f"{output}.n")
+        return [normalise, Step(Affine(), (f"{output}.n", f"{name}.weight", f"{name}.bias"), output)]
 
     def attention(
         p, X, queries
@@ -533,7 +558,7 @@ def _vit_steps(model: ViT) -> list[Step]:
         X = h
         if c.norm == "pre":
             X = f"{p}.X"
-            steps.append(norm(X, h, f"{p}.norm1"))
+            steps += norm(X, h, f"{p}.norm1")
         queries, kept = X, h
         if one_row:
             queries, kept = f"{p}.X_query", f"{p}.h_query"
@@ -545,22 +570,34 @@ def _vit_steps(model: ViT) -> list[Step]:
         steps += attention(p, X, queries)
         steps.append(Step(Add(), (kept, f"{p}.attention.Y"), f"{p}.middle"))
         read, h = f"{p}.read", f"{p}.h"
-        steps.append(norm(read, f"{p}.middle", f"{p}.norm2" if c.norm == "pre" else f"{p}.norm1"))
+        steps += norm(read, f"{p}.middle", f"{p}.norm2" if c.norm == "pre" else f"{p}.norm1")
         steps += mlp(p, read)
         if c.norm == "pre":
             steps.append(Step(Add(), (f"{p}.middle", f"{p}.mlp.Y"), h))
         else:
-            steps += [Step(Add(), (read, f"{p}.mlp.Y"), f"{p}.sum"), norm(h, f"{p}.sum", f"{p}.norm2")]
+            steps += [Step(Add(), (read, f"{p}.mlp.Y"), f"{p}.sum"), *norm(h, f"{p}.sum", f"{p}.norm2")]
     if not cls or c.depth == 0:
         steps.append(Step(Pool(c.pool), (h,), "v"))
         h = "v"
     if c.norm == "pre":
-        steps.append(norm("v_normed", h, "norm"))
+        steps += norm("v_normed", h, "norm")
         h = "v_normed"
     return [*steps, _linear("f", h, "head")]
 
 
 # --- the walks ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Target:
+    """Where a parameter's part of a product goes: `value` (n, ...), whose content counts once it is `filled`."""
+
+    value: Tensor
+    filled: bool = False
+
+    def add(self, part: Tensor) -> None:
+        self.value.add_(part) if self.filled else self.value.copy_(part)
+        self.filled = True
 
 
 @dataclass
@@ -608,30 +645,40 @@ class Tape:
             return {"sums": self.sums, "wanted": self._wanted[i]}
         return {}
 
-    def _back(self, start: dict[str, Tensor], forms: list | None, tangents: dict | None, first: int) -> dict:
-        """The walk back over the steps before `first` from the adjoints in `start`; adds the forms of the tangents."""
+    def _back(self, start: dict, forms: list | None, tangents: dict | None, first: int, targets: dict) -> dict:
+        """The walk back over the steps before `first` from the adjoints in `start`; adds the forms of the tangents.
+
+        Parts of the parameters in `targets` are added there.
+        """
         found = dict(start)
         for i in reversed(range(first)):
             step, wanted = self._chain[i], self._wanted[i]
             if not any(wanted):
                 continue
+            into = {}
+            if isinstance(step.node, Linear) and step.inputs[1] in targets:
+                into = {"into": targets[step.inputs[1]]}
             parts = []
             lam = found.get(step.output)
             if lam is not None:
-                parts.append(step.node.adjoint(self._saved[i], lam, **self._options(i)))
+                parts.append(step.node.adjoint(self._saved[i], lam, **self._options(i), **into))
             if forms is not None and forms[i] is not None:
-                parts.append(forms[i](tuple(tangents.get(name) for name in step.inputs)))
+                dz = tuple(tangents.get(name) for name in step.inputs)
+                parts.append(forms[i](dz, tangents.get(step.output), **into))
             for part in parts:
                 for name, value, want in zip(step.inputs, part, wanted):
                     if want and value is not None:
-                        found[name] = value if name not in found else found[name] + value
+                        if name in targets:
+                            targets[name].add(value)
+                        else:
+                            found[name] = value if name not in found else found[name] + value
         return found
 
     @property
     def adjoints(self) -> dict[str, Tensor]:
         """dl/dz of every value by name; for the moving parameters the gradient, (n, ...) or summed over the samples."""
         if self._adjoints is None:
-            self._adjoints = self._back({"loss": torch.ones_like(self.losses)}, None, None, len(self._chain))
+            self._adjoints = self._back({"loss": torch.ones_like(self.losses)}, None, None, len(self._chain), {})
         return self._adjoints
 
     def gradient(self) -> dict[str, Tensor]:
@@ -657,17 +704,22 @@ class Tape:
                 found[step.output] = step.node.tangent(self._saved[i], tuple(found.get(name) for name in step.inputs))
         return found
 
-    def product(self, direction: dict[str, Tensor], part: str = "full") -> dict[str, Tensor]:
+    def product(self, direction: dict[str, Tensor], part: str = "full", out: dict[str, Tensor] | None = None) -> dict:
         """Hessian times direction by parameter, shapes as in `gradient`; None where it is zero.
 
         part: "full", "gauss_newton" (J^T S J, S the Hessian of the loss in the logits) or "functional" (the rest).
+        out: tensors by name, of the shapes of `gradient`, that take the result, zeros included.
         Source: Theorem (thm:adjoint).
         """
+        targets = {name: Target(value) for name, value in (out or {}).items()}
         tangents, forms = self.tangents(direction), self._forms_of()
         last = len(self._chain) - 1
-        start = {"f": forms[last]((tangents["f"],))[0]} if part != "functional" else {}
-        found = self._back(start, None if part == "gauss_newton" else forms, tangents, last)
-        return {name: found.get(name) for name in self.moving}
+        start = {"f": forms[last]((tangents["f"],), None)[0]} if part != "functional" else {}
+        found = self._back(start, None if part == "gauss_newton" else forms, tangents, last, targets)
+        for target in targets.values():
+            if not target.filled:
+                target.value.zero_()
+        return {name: targets[name].value if name in targets else found.get(name) for name in self.moving}
 
 
 # --- the calculus against automatic differentiation ----------------------------------------------------
@@ -742,7 +794,7 @@ def agreement(dtype: torch.dtype = torch.float64, seed: int = 0, *, n_tokens: in
         return ((a - b).norm() / b.norm()).item()
 
     out, mid = f"{p}.attention.Y", f"{p}.middle"
-    ln = ours(f"{p}.read", f"{p}.read", mid, [mid])
+    ln = ours(f"{p}.read.n", f"{p}.read", mid, [mid])
     ffn = ours(f"{p}.mlp.Z", f"{p}.mlp.Y", f"{p}.read", [f"{p}.read"])
     att = ours(f"{p}.attention.Q", out, "h", attention)
     whole, of_weights = (ours(f"{p}.attention.Q", f"{p}.h", "h", moving) for moving in (["h"], weights))

@@ -9,7 +9,7 @@ does wrong, and what is done about it here:
     tight tolerance from several starts, and take Rayleigh quotient and residual of its vector ourselves.
  2. Floors of 1e-6 in normalisation and stopping: the loss is multiplied by a power of two, undone exactly.
  3. `density` calls `torch.eig`, which torch removed: a stand-in takes its place during the call.
- 4. `trace` divides by a signed mean and so stops after the first one that is negative: no stopping rule.
+ 4. `trace` divides by its running mean, sign and all, and so stops once that is negative: no stopping rule.
  5. Gradients left in `.grad` are added to its own: it gets parameters of its own, shared with nobody.
  6. `backward(create_graph=True)` makes a cycle of `.grad` and graph that is never freed: `.grad` is cleared.
  7. Parameters that the loss or its gradient does not depend on: a term that is zero with all its derivatives.
@@ -133,7 +133,7 @@ def _scale(losses, seed: int) -> float:
     generator = torch.Generator().manual_seed(STREAM + seed)
     u = torch.randn(losses.P, generator=generator, dtype=torch.float64).to(losses.w)
     for _ in range(2):
-        u = losses.product(u / u.norm().clamp_min(torch.finfo(u.dtype).tiny))
+        u = losses.product(u / u.norm())  # H = 0 ends in nan, of exponent 0: any scale does
     exponent = SIZE - math.frexp(u.norm().item())[1]
     return 2.0 ** max(-100, min(exponent, 100))  # finite in single precision, too
 
