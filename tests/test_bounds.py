@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusal import refused
 from torch.func import functional_call, grad, jacfwd, vmap
 
-from utils import bounds, calculus
+from utils import bounds, calculus, curvature
 from utils.bounds import Jet, closed_form, hessian_norm_bounds, loss_upper_bound
 from utils.models import ACTIVATIONS, build_model, loss_from_logits
 
@@ -856,6 +857,132 @@ def test_head_only_is_exact():
     assert bound.groups == ["head"]
     exact = [norm2(exact_hessian(model, x[i], y[i])[-15:, -15:]) for i in range(3)]
     np.testing.assert_allclose(bound.values, exact, rtol=1e-8)
+
+
+@SETTINGS
+@given(
+    seed=st.integers(0, 10_000),
+    scale=st.sampled_from([0.1, 0.5, 1.0, 2.0]),
+    depth=st.integers(1, 2),
+    eps=st.sampled_from([1e-5, 1e-2]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    norm=st.sampled_from(["pre", "post"]),
+    pool=st.sampled_from(["cls", "mean"]),
+    loss=st.sampled_from(["cross_entropy", "mse"]),
+    subset=st.sampled_from([None, ["blocks.0.*"], ["*.query.*", "head.*"]]),
+)
+def test_majorant_above_exact(seed, scale, depth, eps, activation, norm, pool, loss, subset):
+    model = small_vit(seed, scale, depth=depth, eps=eps, activation=activation, norm=norm, pool=pool)
+    x, y = samples(seed, n=2)
+    exact = curvature.per_sample_hessian_norms(model, x, y, loss, parameters=subset, certify=True, max_steps=400)
+    found = bounds.majorant(model, x, y, loss, parameters=subset, confidence=0.999999, max_steps=400)
+    assert (found["M"] >= exact.value * (1 - 1e-9)).all()
+    assert (found["lower"] >= exact.value * (1 - 1e-6) - 1e-12).all()  # all steps: lambda_max(Q) itself, at least ||H||
+    assert (found["lower"] <= found["M"]).all()
+
+
+def test_majorant_rung():
+    """The rung is the function; too few steps certify nothing; a network of unknown nodes is refused."""
+    model, (x, y) = small_vit(3, depth=2), samples(3)
+    rung = hessian_norm_bounds(model, x, y, rung="majorant", confidence=0.9)
+    assert torch.equal(rung.values, bounds.majorant(model, x, y, confidence=0.9)["M"]) and rung.blocks is None
+    assert hessian_norm_bounds(model, x, y, rung="majorant", max_steps=2).values.isinf().all()
+    mlp = build_model("mlp", d_in=16, width=4, depth=1, n_classes=3, activation="gelu").double()
+    assert (bounds.majorant(mlp, x, y)["M"] >= curvature.per_sample_hessian_norms(mlp, x, y).value).all()
+    model.register_forward_hook(lambda *_: None)
+    refused(lambda: bounds.majorant(model, x, y), "majorant")
+    refused(lambda: hessian_norm_bounds(model, x, y, rung="majorant"), "ViT")
+    refused(lambda: hessian_norm_bounds(small_vit(3), x, y, rung="majorant", radius=0.1), "ball")
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_head_norms_are_exact(case, loss):
+    model, (x, y) = small_vit(5, **case), samples(5)
+    exact = curvature.per_sample_hessian_norms(model, x, y, loss, parameters=["head.*"], tolerance=1e-9).value
+    torch.testing.assert_close(bounds.head_norms(model, x, y, loss), exact, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("size", [1e-3, 0.3, 3.0])
+def test_lora(others, size):
+    """Adapters of two matrices of a small network, against the dense Hessian in the adapters (and the rest)."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    W1, W2, head, x, y = normal(5, 4), normal(5, 5), normal(3, 5), normal(1, 4), torch.tensor([1])
+    A1, B1, A2, B2 = (size * normal(*shape) for shape in ((2, 4), (5, 2), (2, 5), (5, 2)))
+    scale = 0.7
+
+    def of_matrices(U1, U2, V):
+        z = torch.tanh(torch.tanh(x @ U1.T) @ U2.T) @ V.T
+        return torch.nn.functional.cross_entropy(z, y)
+
+    def norm_of(function, point):
+        blocks = torch.autograd.functional.hessian(function, point)
+        rows = [torch.cat([b.reshape(p.numel(), -1) for b in row], 1) for p, row in zip(point, blocks)]
+        return torch.linalg.matrix_norm(torch.cat(rows), 2).item()
+
+    def adapted(a1, b1, a2, b2, V=head):
+        return of_matrices(W1 + scale * b1 @ a1, W2 + scale * b2 @ a2, V)
+
+    full = (W1 + scale * B1 @ A1, W2 + scale * B2 @ A2)
+    gradients = torch.autograd.functional.jacobian(lambda a, b: of_matrices(a, b, head), full)
+    point, inner = (A1, B1, A2, B2), full
+    if others:
+        point, inner = (*point, head), (*inner, head)
+    exact = norm_of(adapted, point)
+    of_inner = norm_of(of_matrices if others else lambda a, b: of_matrices(a, b, head), inner)
+    norms = [torch.linalg.matrix_norm(g, 2) for g in gradients]
+    bound = bounds.lora(of_inner, norms, [(A1, B1), (A2, B2)], scale, others)
+    assert exact <= bound <= 100 * exact
+    if others and size < 0.01:  # the factor may not fall below 1 when other weights are trained too
+        assert bounds.lora(of_inner, norms, [(A1, B1), (A2, B2)], scale) < exact
+
+
+def attention_hessian(L, tau):
+    """Exact norm of the Hessian for d_V = d_K = 1, X = e_1, W_V = 0, W_Q = W_K = sqrt(ln(L - 1)), target tau e_1."""
+    kappa = math.sqrt(math.log(L - 1))
+    X = torch.zeros(L, 1, dtype=torch.float64)
+    X[0] = 1.0
+    weights = (
+        *(torch.full((1, 1), kappa, dtype=torch.float64) for _ in range(2)),
+        torch.zeros(1, 1, dtype=torch.float64),
+    )
+
+    def loss(Q, K, V):
+        return ((X @ Q @ (X @ K).T).softmax(-1) @ X @ V - tau * X).square().sum() / L
+
+    blocks = torch.autograd.functional.hessian(loss, weights)
+    H = torch.stack([torch.stack([b.reshape(()) for b in row]) for row in blocks])
+    return torch.linalg.matrix_norm(H, 2).item(), bounds.closing_the_curvature_gap(X, *weights, tau * X)
+
+
+def test_published_constant_for_attention_is_no_bound():
+    exact, printed = attention_hessian(64, 1e6)
+    assert exact == pytest.approx(22488.97, rel=1e-6) and printed == pytest.approx(5963.29, rel=1e-6)
+    assert exact > 3 * printed
+    exact, printed = attention_hessian(17, 1e9)
+    assert printed < exact < 1.01 * printed  # the first length that violates it
+    exact, printed = attention_hessian(16, 1e9)
+    assert exact < printed  # control: it can hold
+
+
+def test_published_constant_for_connected_networks_is_no_bound():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 6, generator=generator, dtype=torch.float64)
+    x, W = x * math.sqrt(10) / x.norm(), torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    W = W / torch.linalg.matrix_norm(W, 2)
+    for size, violated in ((0.0, True), (0.5, True), (3.0, False)):
+        net = torch.nn.Linear(6, 2, bias=False).double()
+        with torch.no_grad():
+            net.weight.copy_(size * W)
+        exact = curvature.per_sample_hessian_norms(net, x, torch.tensor([0])).value.item()
+        printed = bounds.unraveling_the_hessian([size * W], x).item()
+        assert (exact > printed) == violated, (size, exact, printed)
+    assert bounds.unraveling_the_hessian([0.5 * W], x).item() == pytest.approx(3.889, abs=1e-3)
 
 
 def test_batch_dtype_and_model_unchanged():

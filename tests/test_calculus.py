@@ -15,7 +15,7 @@ from torch.func import jvp, vjp
 
 from utils import calculus
 from utils.calculus import Tape, agreement, data_of, known, steps_of
-from utils.curvature import Losses
+from utils.curvature import Losses, SampleHessians
 from utils.models import ViT, build_model
 
 F64 = torch.float64
@@ -27,6 +27,8 @@ def normal(*shape, seed=0):
 
 
 LABELS = torch.tensor([0, 4, 2])
+NETWORKS_FOR_MAJORANT = ["pre-cls-gelu-depth3-heads1-mse", "post-cls-gelu_tanh-depth2-heads4-cross_entropy"]
+NETWORKS_FOR_MAJORANT += ["pre-mean-relu-depth2-heads2-cross_entropy"]
 # name -> (node, shapes of the inputs, number of parameters at their end)
 NODES = {
     "linear": (calculus.Linear(), [(n, N, d), (K, d), (K,)], 2),
@@ -158,6 +160,67 @@ def test_second_order_form_is_symmetric(name):
     size = sum(t.norm() for t in u) * sum(t.norm() for t in v)
     assert abs(uv - vu) <= 1e-12 * size
     assert name == "relu" or abs(uv) > 1e-6 * size
+
+
+def dense_forms(name):
+    """M and its majorant of sample 0 on all its inputs together, as matrices, and whether the node is bilinear."""
+    node, _, dz, lam, saved, _, _ = at(name)
+    forms, out = (node.second_order(saved, lam), node.majorant(saved, lam)), []
+    for form in forms:
+        columns = []
+        for j, t in enumerate(dz):
+            for e in torch.eye(t[0].numel(), dtype=F64):
+                unit = [torch.zeros_like(u) for u in dz]
+                unit[j][0] = e.reshape(t.shape[1:])
+                parts = form(tuple(unit), node.tangent(saved, tuple(unit)))
+                columns.append(torch.cat([torch.zeros(u[0].numel(), dtype=F64) if q is None else q[0].reshape(-1)
+                                          for q, u in zip(parts, dz)]))  # fmt: skip
+        out.append(torch.stack(columns, 1))
+    return *out, isinstance(node, calculus.BILINEAR)
+
+
+@pytest.mark.parametrize("name", [name for name, (node, _, _) in NODES.items() if node.second_order is not None])
+def test_majorant_of_a_node(name):
+    """Symmetric, at least M and -M; of a node with one input exactly |M|, of a coupling its two halves."""
+    M, majorant, bilinear = dense_forms(name)
+    scale = torch.linalg.matrix_norm(M, 2)
+    close(majorant, majorant.T)
+    assert torch.linalg.eigvalsh(majorant - M)[0] >= -1e-12 * scale
+    assert torch.linalg.eigvalsh(majorant + M)[0] >= -1e-12 * scale
+    values, vectors = torch.linalg.eigh((M + M.T) / 2)  # |[[0, C], [C^T, 0]]| has the halves |C^T| and |C|
+    close(majorant, vectors @ (values.abs()[:, None] * vectors.T), 1e-9)
+    assert name == "relu" or scale > 0
+    assert bilinear == (len(NODES[name][1]) > 1)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("name", NETWORKS_FOR_MAJORANT)
+def test_majorant_of_a_network(name, balanced):
+    """-Q <= h_i <= Q for every sample, for sigma = 1 and for balanced couplings, which lower the norm of Q."""
+    model, x, y, loss = network(name)
+    losses, rows = Losses(model, x, y, loss), torch.arange(len(x))
+    operator, exact = SampleHessians(losses, rows, "majorant"), SampleHessians(losses, rows)
+
+    def dense(of):
+        units = torch.eye(losses.P, dtype=F64)[:, None].expand(-1, len(x), -1)
+        return torch.stack([of(e.contiguous()) for e in units], 2)
+
+    H, Q = dense(exact), dense(operator)
+    if balanced:
+        plain, v = torch.linalg.eigvalsh(Q)[:, -1], operator.gradients()
+        for _ in range(6):
+            v = v / v.norm(dim=1, keepdim=True)
+            operator.balance(v)
+            v = operator(v)
+        Q = dense(operator)
+        assert (torch.linalg.eigvalsh(Q)[:, -1] < plain * (1 + 1e-9)).all()
+        some = SampleHessians(losses, rows, "majorant")  # a part of the samples keeps its own sigma
+        some.sigma = operator.sigma
+        close(some(v[[3, 1]], torch.tensor([3, 1])), operator(v)[[3, 1]])
+    close(Q, Q.mT)
+    norms = torch.linalg.matrix_norm(H, 2)
+    for difference in (Q - H, Q + H):
+        assert (torch.linalg.eigvalsh((difference + difference.mT) / 2)[:, 0] >= -1e-12 * norms).all()
 
 
 @pytest.mark.parametrize("name", NODES)

@@ -448,7 +448,7 @@ def never(ritz, steps):
 def test_a_chosen_start_certifies_nothing():
     """A start orthogonal to the top eigenvector converges, and the formula's upper end lies below the norm."""
     values = torch.cat([torch.linspace(-0.4, 0.5, 99, dtype=F64), torch.tensor([1.0], dtype=F64)])
-    blind, fair = torch.ones(1, 100, dtype=F64), curvature._start((1, 100), SimpleNamespace(w=values), 0)
+    blind, fair = torch.ones(1, 100, dtype=F64), curvature.uniform_start((1, 100), SimpleNamespace(w=values), 0)
     blind[0, -1] = 0.0
     found = {}
     for name, start in (("blind", blind), ("fair", fair)):
@@ -828,11 +828,11 @@ def test_starts_come_from_a_stream_of_their_own():
     """Weights drawn with any seed are not the vector that the same seed gives a certificate."""
     losses = SimpleNamespace(w=torch.zeros(1, dtype=F64))
     for seed in (0, 1, 7):
-        start = curvature._start((64,), losses, seed)
+        start = curvature.uniform_start((64,), losses, seed)
         drawn = torch.randn(64, generator=torch.Generator().manual_seed(seed), dtype=F64)
         assert abs(torch.corrcoef(torch.stack([start, drawn]))[0, 1]) < 0.5
-        assert torch.equal(start, curvature._start((64,), losses, seed))
-    assert not torch.equal(curvature._start((64,), losses, 0), curvature._start((64,), losses, 1))
+        assert torch.equal(start, curvature.uniform_start((64,), losses, seed))
+    assert not torch.equal(curvature.uniform_start((64,), losses, 0), curvature.uniform_start((64,), losses, 1))
 
 
 class Wrapped(nn.Module):

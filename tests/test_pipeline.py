@@ -85,7 +85,7 @@ def test_blocks_and_spectrum(study):
 
 def test_no_bound_lies_below_the_measured_norm(study):
     bounds = table(study, "bounds.csv")
-    assert set(bounds["rung"]) == {"closed_form", "prior", "activations", "certified"}
+    assert set(bounds["rung"]) == {"closed_form", "prior", "activations", "majorant", "certified"}
     assert (bounds["bound"] >= bounds["measured"] * (1 - 1e-9)).all()
 
 

@@ -1,10 +1,11 @@
 """Rigorous upper bounds on the spectral norm of every per-sample Hessian of a `ViT`.
 
-Three rungs, from the loosest and most general to the sharpest:
+Four rungs, from the loosest and most general to the sharpest:
 
     closed_form   one formula in sizes and norms of the weights      (Theorem 2, thm:closed-form)
     prior         norms of the weights, one row for each group       (Theorem 1, thm:jet; ball: cor:ball)
     activations   the sample's own activations                       (Theorem 1, thm:jet)
+    majorant      |M_z| of every node on exact tangents, by products (thm:majorant); with a stated probability
 
 Symbols follow the paper: N tokens, d width, H heads, d_h = d/H, K classes, `rho` the LayerNorm scale,
 `Gamma` = max |gamma_j|, omega = ||[W b]||, `chi` a bound of ||[X 1]|| for LayerNorm rows X, R a radius.
@@ -23,10 +24,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from utils import calculus
+from utils import calculus, curvature
 from utils.models import ACTIVATIONS, LOSSES, ViT, prepared_copy
 
-RUNGS = ("closed_form", "prior", "activations")
+RUNGS = ("closed_form", "prior", "activations", "majorant")
 ROUNDING = 1 + 1e-10
 
 # --- lemmas: one node each --------------------------------------------------------------------------
@@ -576,6 +577,99 @@ def closed_form(model: ViT, x: Tensor, radius: float = 0.0, variance_floor: floa
     }
 
 
+# --- the majorant ---------------------------------------------------------------------------------------
+
+
+def majorant(
+    model, x, y, loss="cross_entropy", *, confidence=0.95, max_steps=60, rounds=12, seed=0, **options
+) -> dict[str, Tensor]:
+    """lambda_max(Q_i) >= ||H_i|| for the majorant Q_i = J^T S J + sum over nodes of |M_z| on the tangents.
+
+    No products of norms: tangents and adjoints are exact, only the signs of the nodes' second-order forms are lost.
+    The couplings are balanced in `rounds` power steps on Q_i from the gradient, then Lanczos runs `max_steps` products
+    from a uniform start of a stream of its own. "lower" (n,) <= lambda_max(Q_i) always; "M" (n,) >= lambda_max(Q_i) for
+    all samples together with probability `confidence` over that start (inf while too few steps say nothing).
+    `options` are those of `curvature.Losses`. Cost: rounds + max_steps products a sample, each a third dearer than one
+    with H_i. Source: Theorem (thm:majorant), Theorem (thm:lanczos) for positive semidefinite matrices.
+    """
+    losses = curvature.Losses(model, x, y, loss, **options)
+    if losses.steps is None:
+        raise ValueError("The majorant knows only the networks of utils.models, as they are: use the certified norm.")
+    failure, parts = (1 - confidence) / losses.n, []
+    for rows in torch.arange(losses.n, device=losses.x.device).split(losses.chunk(max_steps + 4)):
+        operator = curvature.SampleHessians(losses, rows, "majorant")
+        v = operator.gradients()
+        for _ in range(rounds):
+            v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+            operator.balance(v)
+            v = operator(v)
+        start = curvature.uniform_start((1, losses.P), losses, seed).expand(len(rows), -1)
+        parts.append(curvature.lanczos(operator, start, max_steps=max_steps, done=lambda ritz, j: ritz.exhausted))
+    high, steps, exhausted = (torch.cat([getattr(p, name) for p in parts]) for name in ("high", "steps", "exhausted"))
+    epsilon = {q: curvature.lanczos_epsilon(q, losses.P, min(2 * failure, 0.999)) for q in set(steps.tolist())}
+    eps = torch.tensor([epsilon[q] for q in steps.tolist()], dtype=torch.float64, device=high.device)
+    M = torch.where(exhausted, high, torch.where(eps < 0.5, high / (1 - eps), torch.inf)) * ROUNDING
+    return {"lower": high, "M": M, "steps": steps}
+
+
+def head_norms(model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tensor:
+    """||H_i|| (n,) of the Hessian in the head alone, exactly: ||S|| (|v|^2 + 1), v what the head reads.
+
+    The logits are linear in [W b], so there is no second-order part. Source: Corollary (cor:head).
+    """
+    _check(model, x, y, loss, "activations", 0.0, None, None)
+    twin = prepared_copy(model)
+    with torch.no_grad():
+        norms = _data_norms(twin, x.to(next(twin.parameters()).device, torch.float64), y, loss)
+        return _float64(norms["S_hat"]).expand(len(x)) * _float64(norms["head.X1"]).square()
+
+
+def lora(norm_adapted: float, gradient_norms, adapters, scale: float = 1.0, others: bool = False) -> float:
+    """Bound of the Hessian in low-rank adapters W_j = W_j0 + scale B_j A_j, from that in the W_j themselves.
+
+    norm_adapted >= ||H|| in the adapted matrices (and, with `others`, whatever else is trained); gradient_norms:
+    ||dl/dW_j|| (spectral) for each j; adapters: pairs (A_j (r, in), B_j (out, r)).
+    max_j scale^2 (||A_j||^2 + ||B_j||^2) norm_adapted + max_j scale ||dl/dW_j||, the factor at least 1 with `others`.
+    Source: Lemma (lem:lora).
+    """
+    factor = max(scale**2 * float(_spectral(A) ** 2 + _spectral(B) ** 2) for A, B in adapters)
+    factor = max(factor, 1.0) if others else factor
+    return (factor * norm_adapted + scale * max(map(float, gradient_norms))) * ROUNDING
+
+
+# --- published constants ----------------------------------------------------------------------------------
+
+
+def closing_the_curvature_gap(X: Tensor, W_Q: Tensor, W_K: Tensor, W_V: Tensor, target: Tensor) -> float:
+    """The constant of Petrov et al., arXiv 2510.16927, theorem 1, as printed: NOT a bound.
+
+    Single-head attention softmax(X W_Q W_K^T X^T / sqrt(d_K)) X W_V, X (L, d_V), loss |F - target|^2 / (L d_V),
+    parameters W_Q, W_K (d_V, d_K), W_V (d_V, d_V). Its proof takes 1/L for the norm of the softmax's Jacobian, which
+    holds for uniform attention only. Counterexample: Remark (rem:published).
+    """
+    L, d_V, d_K = len(X), X.shape[1], W_K.shape[1]
+    x, q, k, v = (float(_spectral(M)) for M in (X, W_Q, W_K, W_V))
+    rho, m, root = L * x * v + float(_spectral(target)), math.sqrt(min(L, d_V)), math.sqrt(d_K)
+    VV = 2 * L / d_V * x**2
+    QQ = 8 / (L**3 * d_V * d_K) * k**2 * v**2 * x**6 + 12 / (d_V * d_K) * m * rho * v * k**2 * x**5
+    VQ = 4 / (L * d_V * root) * v * k * x**4 + 4 * m / (L**2 * root) * rho * k * x**3
+    QK = 8 / (L**3 * d_V * d_K) * k * q * v**2 * x**6
+    QK += 4 * m * rho / (L * d_V * root) * v * (3 * L * k * q * x**5 + d_V / L * x**3)
+    return 3 * max(VV, QQ, VQ, QK)
+
+
+def unraveling_the_hessian(weights: list[Tensor], x: Tensor) -> Tensor:
+    """The constant (n,) of Kiselev, Grabovoy, arXiv 2409.11995, theorem 1, as printed: NOT a bound.
+
+    ReLU network without biases with the weight matrices `weights`, inputs x (n, d), cross-entropy. It leaves the
+    functional part out and has a factor ||W|| too many, so that it falls to 0 with the weights while the norm does
+    not. Counterexample: Remark (rem:published).
+    """
+    depth, M_W = len(weights), max(float(_spectral(W)) for W in weights)
+    powers = sum(M_W ** (2 * p) for p in range(depth))  # (M_W^{2L} - 1) / (M_W^2 - 1)
+    return math.sqrt(2) * (depth * x.flatten(1).square().sum(1) * M_W ** (2 * depth) + M_W**2 * powers)
+
+
 # --- the public face ----------------------------------------------------------------------------------
 
 
@@ -607,13 +701,15 @@ def hessian_norm_bounds(
     radius: float = 0.0,
     parameters: list[str] | None = None,
     variance_floor: float | None = None,
+    **options,
 ) -> Bound:
     """Bound ||H_i||, the spectral norm of the Hessian in the weights of sample i's loss, for each sample.
 
     model: a `utils.models.ViT`, left unchanged. x: images (n, C, S, S), y: classes (n,). loss:
     "cross_entropy" or "mse" (mean over the classes). rung: "closed_form" (pre-norm with cross-entropy, all
-    weights), "prior" (norms of weights and patches) or "activations" (one forward pass; the sample's own LayerNorm
-    scales, attention rows, activation slopes and residual).
+    weights), "prior" (norms of weights and patches), "activations" (one forward pass; the sample's own LayerNorm
+    scales, attention rows, activation slopes and residual) or "majorant" (`majorant`, whose `options` it takes: about
+    70 products a sample; the values hold with probability `confidence`, 0.95 if none is given).
     radius: with radius > 0 the values hold for all weights within that Euclidean distance of the model's, all
     groups moving together (closed_form and prior). parameters: name patterns (fnmatch) that select the weights; a
     group counts as a whole if one of its parameters matches, which can only enlarge the bound.
@@ -631,6 +727,10 @@ def hessian_norm_bounds(
     device = next(twin.parameters()).device
     x, y = x.to(device, torch.float64), y.to(device)
     groups = _group_names(twin)
+    if rung == "majorant":
+        terms = {name: _float64(t) for name, t in majorant(model, x, y, loss, parameters=parameters, **options).items()}
+        values = terms.pop("M")
+        return Bound(rung, values, groups, None, terms | {"log10": values.log10()})
     with torch.no_grad():
         if rung == "closed_form":
             terms = {name: _float64(value) for name, value in closed_form(twin, x, radius, variance_floor).items()}
@@ -718,12 +818,12 @@ def _check(model, x, y, loss, rung, radius, parameters, floor) -> None:
         )
     if rung == "closed_form" and parameters is not None:
         raise ValueError("The closed form covers all weights together: use rung 'prior' with parameters.")
-    if radius > 0 and rung == "activations":
-        raise ValueError("Rung 'activations' holds at one point of weight space: use 'prior' for a ball.")
+    if radius > 0 and rung in ("activations", "majorant"):
+        raise ValueError(f"Rung {rung!r} holds at one point of weight space: use 'prior' for a ball.")
     if radius > 0 and c.activation == "relu":
         raise ValueError("The Hessian of a ReLU network says nothing about a ball: use gelu or radius 0.")
-    if floor is not None and rung == "activations":
-        raise ValueError("Rung 'activations' measures rho itself: leave variance_floor out.")
+    if floor is not None and rung in ("activations", "majorant"):
+        raise ValueError(f"Rung {rung!r} measures rho itself: leave variance_floor out.")
     if floor is not None and not 0 < floor < math.inf:
         raise ValueError(f"variance_floor is {floor}: give a finite number > 0.")
 

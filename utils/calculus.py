@@ -34,6 +34,9 @@ from utils.models import ACTIVATIONS, MLP, Attention, Block, MultilayerPerceptro
 # adjoint(saved, lam)        -> D phi^T lam, a tuple with a part for each input; parameters get one row a sample
 # second_order(saved, lam)   -> the map (dz, dout) -> < lam, D^2 phi [dz, .] >, a tuple again, where dout = D phi [dz]
 #                               has been computed anyway; None in place of the method where phi is linear
+# majorant(saved, lam)       -> the map (dz, dout) -> |M| dz of the positive semidefinite |M| with -|M| <= M <= |M|, M
+#                               the symmetric matrix of < lam, D^2 phi >; for a bilinear phi the two halves of
+#                               2 <x, C y> <= <x, |C^T| x> + <y, |C| y>. Source: Theorem (thm:majorant)
 # A node whose adjoint has a parameter's part takes sums=True: the parts are summed over the samples then.
 
 
@@ -74,6 +77,17 @@ class Linear:
                 None if dW is None or not wanted[0] else lam @ dW,
                 None if dX is None or not wanted[1] else _outer(lam, dX, sums, into),
             )
+            return (*out, None) if bias else out
+
+        return form
+
+    def majorant(self, saved, lam):
+        """C maps W' to lam W': U S U^T on X' (tokens), V S V^T on W' (outputs), lam = U S V^T."""
+        bias = saved[2]
+        U, S, Vh = torch.linalg.svd(lam, full_matrices=False)
+
+        def form(dz, dout):
+            out = U @ (S[..., None] * (U.mT @ dz[0])), Vh.mT @ (S[..., None] * (Vh @ dz[1]))
             return (*out, None) if bias else out
 
         return form
@@ -141,6 +155,16 @@ class Score:
 
         return form
 
+    def majorant(self, saved, lam):
+        """Head by head C maps K' to lam K' / sqrt(d_h)."""
+        U, S, Vh = torch.linalg.svd(saved[2] * lam, full_matrices=False)
+
+        def form(dz, dout):
+            dQ, dK = (_heads(t, self.H) for t in dz)
+            return _joined(U @ (S[..., None] * (U.mT @ dQ))), _joined(Vh.mT @ (S[..., None] * (Vh @ dK)))
+
+        return form
+
 
 def _heads(Z, H):  # (n, N, d) -> (n, H, N, d_h)
     return Z.unflatten(-1, (H, -1)).transpose(1, 2)
@@ -185,6 +209,14 @@ class Softmax:
 
         return form
 
+    def majorant(self, saved, lam):
+        """Row by row the N x N matrix diag(s o c) - s (s o c)^T - (s o c) s^T, by its eigenvectors."""
+        (s,) = saved
+        sc = s * (lam - (s * lam).sum(-1, keepdim=True))
+        cross = s[..., :, None] * sc[..., None, :]
+        M = _absolute(torch.diag_embed(sc) - cross - cross.mT)  # (n, H, N_q, N, N)
+        return lambda dz, dout: (None if dz[0] is None else (M @ dz[0][..., None])[..., 0],)
+
 
 class Mixing:
     """O = [A_1 V_1 | ... | A_H V_H]: A (n, H, N_q, N), V (n, N, d) -> (n, N_q, d).
@@ -221,6 +253,17 @@ class Mixing:
 
         return form
 
+    def majorant(self, saved, lam):
+        """<lam, A' V'>, head by head: U S U^T on the rows of A', V S V^T on the columns of V', lam = U S V^T."""
+        U, S, Vh = torch.linalg.svd(_heads(lam, self.H), full_matrices=False)
+
+        def form(dz, dout):
+            dA, dV = dz
+            moved = (_heads(dV, self.H) @ Vh.mT) * S[..., None, :] @ Vh
+            return U @ (S[..., None] * (U.mT @ dA)), _joined(moved)
+
+        return form
+
 
 class Activation:
     """G = act(Z) entry by entry, act one of gelu, gelu_tanh, relu.  D = D^T = diag(act'(Z)), D^2: diag(lam o act''(Z)).
@@ -246,6 +289,9 @@ class Activation:
             return lambda dz, dout: (None,)
         bend = lam * saved[1]
         return lambda dz, dout: (None if dz[0] is None else bend * dz[0],)
+
+    def majorant(self, saved, lam):
+        return self.second_order((saved[0], saved[1].abs()), lam.abs())
 
 
 def activation_derivatives(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,6 +351,31 @@ class Normalisation:
 
         return form
 
+    def majorant(self, saved, lam):
+        """M is a P outside the plane of n and m and symmetric inside it: |a| P there, a 2 x 2 eigenproblem here."""
+        n, scale = saved
+        factor = -scale.square() / n.shape[-1]
+        a = (factor * (n * lam).sum(-1, keepdim=True)).abs()
+        first = n / n.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(n.dtype).tiny)
+        rest = lam - lam.mean(-1, keepdim=True)
+        for _ in range(2):
+            rest = rest - first * (first * rest).sum(-1, keepdim=True)
+        second = rest / rest.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(n.dtype).tiny)
+        E = torch.stack([first, second], -2)  # (n, N, 2, d)
+        form = self.second_order(saved, lam)
+        ME = torch.stack([form((e,), None)[0] for e in (first, second)], -2)
+        T = _absolute((E @ ME.mT + ME @ E.mT) / 2)
+
+        def majorant(dz, dout):
+            (dX,) = dz
+            if dX is None:
+                return (None,)
+            inside = E @ dX[..., None]  # (n, N, 2, 1)
+            plain = dX - dX.mean(-1, keepdim=True) - (E.mT @ inside)[..., 0]
+            return (a * plain + (E.mT @ (T @ inside))[..., 0],)
+
+        return majorant
+
 
 class Affine:
     """Z = gamma o X + beta in every row: X (n, N, d), gamma, beta (d,) -> (n, N, d).
@@ -345,6 +416,17 @@ class Affine:
                 (lam * dX).sum(over) if dX is not None and wanted[1] else None,
                 None,
             )
+
+        return form
+
+    def majorant(self, saved, lam):
+        """Column by column C maps gamma'_j to lam_{.j} gamma'_j: the projection on lam_{.j} times its length."""
+        length = lam.norm(dim=1)  # (n, d)
+        unit = lam / length.clamp_min(torch.finfo(lam.dtype).tiny)[:, None]
+
+        def form(dz, dout):
+            dX, dgamma, _ = dz
+            return unit * (length * (unit * dX).sum(1))[:, None], length * dgamma, None
 
         return form
 
@@ -436,6 +518,10 @@ class CrossEntropy:
 
         return form
 
+    def majorant(self, saved, lam):
+        """S is positive semidefinite, and so is |lam| S."""
+        return self.second_order(saved, lam.abs())
+
 
 class SquaredError:
     """l = mean of (f - e)^2: f (n, N, K), e the one-hot labels y (n,), or targets of f's shape -> (n,).
@@ -463,9 +549,19 @@ class SquaredError:
         curvature = 2 / saved[0][0].numel() * lam[:, None, None]
         return lambda dz, dout: (None if dz[0] is None else curvature * dz[0],)
 
+    def majorant(self, saved, lam):
+        return self.second_order(saved, lam.abs())
+
+
+def _absolute(M: Tensor) -> Tensor:
+    """|M| of symmetric matrices (..., m, m)."""
+    values, vectors = torch.linalg.eigh(M)
+    return (vectors * values.abs()[..., None, :]) @ vectors.mT
+
 
 LOSS_NODES = {"cross_entropy": CrossEntropy, "mse": SquaredError}
 PARAMETRIC = (Linear, Affine, Embedding)  # inputs after the first are parameters
+BILINEAR = (Linear, Score, Mixing, Affine)  # D^2 couples the first two inputs
 
 
 # --- networks as chains -------------------------------------------------------------------------------
@@ -638,7 +734,7 @@ class Tape:
             if any(wanted):
                 alive.add(step.output)
         self.losses = self.values["loss"]
-        self._adjoints, self._forms = None, None
+        self._adjoints, self._forms, self._majorants, self.sigma = None, None, None, {}
 
     def _options(self, i: int) -> dict:
         if isinstance(self._chain[i].node, PARAMETRIC):
@@ -696,6 +792,55 @@ class Tape:
             ]
         return self._forms
 
+    def _majorants_of(self) -> list:
+        if self._majorants is None:
+            lam = self.adjoints
+            self._majorants = [
+                self._balanced(i, step.node.majorant(self._saved[i], lam[step.output]))
+                if step.node.second_order is not None and any(self._wanted[i]) and step.output in lam
+                else None
+                for i, step in enumerate(self._chain)
+            ]
+        return self._majorants
+
+    def _balanced(self, i: int, form):
+        """The two halves of a coupling times sigma and 1/sigma, sigma (n,) from `balance`, 1 before."""
+        if not isinstance(self._chain[i].node, BILINEAR):
+            return form
+
+        def weighted(dz, dout, into=None):
+            if dz[0] is None or dz[1] is None:  # what does not move is coupled with nothing
+                return (None,) * len(dz)
+            first, second, *rest = form(dz, dout)
+            sigma = self.sigma.get(i)
+            if sigma is not None:
+                first = first * sigma.reshape(-1, *[1] * (first.ndim - 1))
+                second = second / sigma.reshape(-1, *[1] * (second.ndim - 1))
+            return (first, second, *rest)
+
+        return weighted
+
+    def balance(self, direction: dict[str, Tensor]) -> None:
+        """Bring every coupling's sigma (n,) halfway to where its majorant is smallest along `direction` (n, ...).
+
+        2 <x, C y> <= sigma <x, |C^T| x> + <y, |C| y> / sigma holds for every sigma > 0; at x, y it is smallest at
+        sigma^2 = <y, |C| y> / <x, |C^T| x>. The norm of Q is convex in the logarithms of the sigmas, and at its top
+        eigenvector this is a step of descent; the whole step would swing between nearly equal eigenvalues.
+        Source: Theorem (thm:majorant).
+        """
+        tangents, majorants = self.tangents(direction), self._majorants_of()
+        for i, step in enumerate(self._chain):
+            if majorants[i] is None or not isinstance(step.node, BILINEAR):
+                continue
+            dz = tuple(tangents.get(name) for name in step.inputs)
+            if dz[0] is None or dz[1] is None:
+                continue
+            # sigma^2 <x, |C^T| x> / <y, |C| y> of the sigma so far
+            x, y = ((t * part).flatten(1).sum(1).clamp_min(0) for t, part in zip(dz, majorants[i](dz, None)[:2]))
+            change = (y / x) ** 0.25
+            change = torch.where(change.isfinite() & (change > 0), change, 1.0)
+            self.sigma[i] = change * self.sigma.get(i, torch.ones_like(change))
+
     def tangents(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
         """z' of every value up to the logits, by name, along tangents of the moving parameters."""
         found = dict(direction)
@@ -707,12 +852,14 @@ class Tape:
     def product(self, direction: dict[str, Tensor], part: str = "full", out: dict[str, Tensor] | None = None) -> dict:
         """Hessian times direction by parameter, shapes as in `gradient`; None where it is zero.
 
-        part: "full", "gauss_newton" (J^T S J, S the Hessian of the loss in the logits) or "functional" (the rest).
+        part: "full", "gauss_newton" (J^T S J, S the Hessian of the loss in the logits), "functional" (the rest), or
+        "majorant": J^T S J plus the majorants of all nodes, a matrix Q with -Q <= H <= Q (one direction a sample).
         out: tensors by name, of the shapes of `gradient`, that take the result, zeros included.
         Source: Theorem (thm:adjoint).
         """
         targets = {name: Target(value) for name, value in (out or {}).items()}
-        tangents, forms = self.tangents(direction), self._forms_of()
+        tangents = self.tangents(direction)
+        forms = self._majorants_of() if part == "majorant" else self._forms_of()
         last = len(self._chain) - 1
         start = {"f": forms[last]((tangents["f"],), None)[0]} if part != "functional" else {}
         found = self._back(start, None if part == "gauss_newton" else forms, tangents, last, targets)

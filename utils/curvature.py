@@ -258,29 +258,40 @@ class Losses:
 class SampleHessians:
     """The Hessians h_i of the samples `rows` of `losses` as maps on vectors, one vector a sample; m samples at once.
 
-    What products share is kept while the samples stay the same.
+    part: as everywhere, or "majorant": a positive semidefinite Q_i with -Q_i <= h_i <= Q_i in place of h_i, for the
+    networks that the calculus knows (Theorem (thm:majorant)). What products share is kept while the samples stay.
     """
 
     def __init__(self, losses: Losses, rows: Tensor, part: str = "full"):
-        _check_part(part)
+        if part != "majorant" or losses.steps is None:
+            _check_part(part)
         self.losses, self.rows, self.part = losses, rows, part
-        self.here = self.tape = None
+        self.here, self.tape, self.sigma = None, None, {}
 
-    def _tape_of(self, here: Tensor) -> calculus.Tape:
-        if self.here is None or not torch.equal(self.here, here):
-            self.here, self.tape = here, self.losses._tape(self.losses.point, here, False)
+    def _tape_of(self, local: Tensor) -> calculus.Tape:
+        if self.here is None or not torch.equal(self.here, local):
+            self.here, self.tape = local, self.losses._tape(self.losses.point, self.rows[local], False)
+            self.tape.sigma = {i: t[local] for i, t in self.sigma.items()}
         return self.tape
+
+    def balance(self, V: Tensor) -> None:
+        """For the part "majorant": the weights of every coupling that make it smallest along V (m, P)."""
+        with torch.no_grad():
+            tape = self._tape_of(torch.arange(len(self.rows), device=self.rows.device))
+            tape.balance(self.losses.unflatten(V))
+            self.sigma = tape.sigma
 
     def gradients(self) -> Tensor:
         """Gradients (m, P) of all the samples."""
         if self.losses.steps is None:
             return self.losses.sample_gradients(rows=self.rows)
         with torch.no_grad():
-            return self.losses.flatten(self._tape_of(self.rows).gradient(), (len(self.rows),))
+            tape = self._tape_of(torch.arange(len(self.rows), device=self.rows.device))
+            return self.losses.flatten(tape.gradient(), (len(self.rows),))
 
     def __call__(self, V: Tensor, local: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """h_i V_j (m, P), i = rows[local[j]] (default: all in order), for V (m, P); into `out` if given."""
-        losses, here = self.losses, self.rows if local is None else self.rows[local]
+        losses, local = self.losses, torch.arange(len(V), device=V.device) if local is None else local
         out = torch.empty_like(V) if out is None else out
 
         def one(direction, a, b):
@@ -288,10 +299,11 @@ class SampleHessians:
 
         if losses.steps is None:
             with second_order_mode():
+                here = self.rows[local]
                 found = vmap(one)(losses.unflatten(V), losses.x[here], losses.y[here])
                 return losses.flatten(found, (len(V),), out)
         with torch.no_grad():
-            self._tape_of(here).product(losses.unflatten(V), self.part, losses.unflatten(out))
+            self._tape_of(local).product(losses.unflatten(V), self.part, losses.unflatten(out))
             return out
 
 
@@ -479,7 +491,7 @@ def lanczos_epsilon(steps: int, P: int, failure: float) -> float:
     return 0.5 if excess(0.5) > 0 else brentq(excess, 1e-12, 0.5)
 
 
-def _start(shape, losses: Losses, seed: int) -> Tensor:
+def uniform_start(shape, losses: Losses, seed: int) -> Tensor:
     """Uniform directions from a stream of their own, so that they are independent of weights drawn with any seed."""
     generator = torch.Generator().manual_seed(0x5EED_0F_1A7C05 + seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(losses.w)
@@ -538,7 +550,7 @@ def per_sample_hessian_norms(
         operator = SampleHessians(losses, rows, part)
         if certify:
             # one direction serves all samples: the event of the theorem is about each of them
-            start = _start((1, losses.P), losses, seed).expand(len(rows), -1)
+            start = uniform_start((1, losses.P), losses, seed).expand(len(rows), -1)
             ritz = lanczos(operator, start, max_steps=max_steps, done=narrow)
             upper = _certified(ritz, losses.P, failure)
             converged = upper - ritz.value <= width * ritz.value
@@ -553,7 +565,7 @@ def per_sample_hessian_norms(
             close = torch.minimum(ritz.low.abs(), ritz.high.abs()) > 0.7 * ritz.value
             close |= (ritz.steps < LEAST) | ~(ritz.exhausted | settled(ritz, few))
             for again in close.nonzero()[:, 0].split(losses.chunk(max_steps + 4)) if close.any() else ():
-                start = _start((len(again), losses.P), losses, seed)
+                start = uniform_start((len(again), losses.P), losses, seed)
                 second = lanczos(SampleHessians(losses, rows[again], part), start, max_steps=max_steps, done=settled)
                 ritz.put(again, _better(Ritz(*(value[again] for value in vars(ritz).values())), second))
             upper, converged = torch.full_like(ritz.value, torch.nan), ritz.residual <= tolerance * ritz.value
@@ -639,7 +651,7 @@ def hessian_norm(
         raise ValueError(f"estimator is {estimator!r}: choose lanczos, pyhessian or exact.")
     return operator_norm(
         losses.hessian(part=part),
-        _start((losses.P,), losses, seed),
+        uniform_start((losses.P,), losses, seed),
         tolerance=tolerance,
         max_steps=max_steps,
         failure=1 - confidence if certify else None,
@@ -669,7 +681,7 @@ def hessian_difference_norms(
     order, n = order.to(losses.x.device), losses.n
     if not all(1 <= k < n for k in sizes):
         raise ValueError(f"sizes {list(sizes)} have to lie between 1 and n - 1 = {n - 1}: choose such k.")
-    start = _start((losses.P,), losses, seed)
+    start = uniform_start((losses.P,), losses, seed)
     step, limit = [], []
     for k in sizes:
         first, new, rest = (losses.hessian(rows=r) for r in (order[:k], order[k : k + 1], order[k:]))
@@ -710,7 +722,7 @@ def hessian_trace(
             raise ValueError(f"PyHessian knows the whole Hessian only, not the {part} part: take estimator hutchinson.")
         return pyhessian_adapter.trace(losses, probes=probes, seed=seed)[:2]
     product = losses.hessian(part=part)
-    signs, known = torch.sign(_start((probes, losses.P), losses, seed)), 0.0
+    signs, known = torch.sign(uniform_start((probes, losses.P), losses, seed)), 0.0
     if estimator == "hutch++":
         third = min(probes // 3, losses.P)
         Q = torch.linalg.qr(torch.stack([product(v) for v in signs[:third]], 1)).Q  # (P, third)
@@ -763,7 +775,7 @@ def spectral_density(
         raise ValueError(f"There are {probes} probes and {steps} steps: give at least 2 probes and 1 step.")
     losses = Losses(model, x, y, loss, **options)
     product, nodes, weights = losses.hessian(part=part), [], []
-    for v in _start((probes, losses.P), losses, seed):
+    for v in uniform_start((probes, losses.P), losses, seed):
         alpha, beta, basis, v = [], [], [], v / v.norm()
         for _ in range(min(steps, losses.P)):
             basis.append(v)
@@ -851,7 +863,7 @@ def hessian_block_norms(
             pair = Losses(losses.model, x, y, loss, parameters=[*groups[names[i]], *groups[names[j]]], **options)
             inside = {n: torch.full_like(t, n in groups[names[j]]) for n, t in pair.point.items()}
             mask = pair.flatten(inside).bool()  # coordinates of the second group
-            H, start = pair.hessian(), torch.where(mask, _start((pair.P,), pair, seed), 0.0)
+            H, start = pair.hessian(), torch.where(mask, uniform_start((pair.P,), pair, seed), 0.0)
             other = mask if i == j else ~mask
             norm = operator_norm(
                 lambda v, H=H, a=other, b=mask: torch.where(b, H(torch.where(a, H(v), 0.0)), 0.0),

@@ -21,7 +21,8 @@ ROLES = {
 
 
 def use_theme() -> None:
-    """seaborn's paper context on a white grid, sizes that read at GitHub's column width."""
+    """seaborn's notebook context on a white grid, sizes that read at GitHub's column width; tables show whole cells."""
+    pd.set_option("display.max_colwidth", None)
     sns.set_theme(
         context="notebook",
         style="ticks",

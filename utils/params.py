@@ -171,8 +171,8 @@ class BoundComparison(Parameters):
 
     run: Name
     rungs: _says(
-        list[Literal["closed_form", "prior", "activations"]],
-        "a list of different names out of closed_form, prior, activations",
+        list[Literal["closed_form", "prior", "activations", "majorant"]],
+        "a list of different names out of closed_form, prior, activations, majorant",
         AfterValidator(_distinct),
         min_length=1,
     )

@@ -112,7 +112,7 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
     "bounds.csv": {
         "part": ("str", "training or held-out"),
         "index": ("int", "position of the sample in its part [1]"),
-        "rung": ("str", "closed_form, prior, activations (rigorous), or certified (with notebook 03's confidence)"),
+        "rung": ("str", "closed_form, prior, activations (rigorous); majorant, certified (with stated confidence)"),
         "bound": ("float", "bound on the spectral norm of the sample's Hessian [nat per squared unit of weight]"),
         "measured": ("float", "rigorous lower end of the measured norm [as bound]"),
         "ratio": ("float", "bound / measured [1]"),
