@@ -1,6 +1,7 @@
 # make reproduce   install, run notebooks 01 to 07 on the digits, print what was found
 # make test        install, lint, test
 # make study STUDY=studies/NAME.yaml   another study        make notebook   open Jupyter
+# make check-bounds  every bound against exact norms on 400 random networks
 # make paper       compile paper/main.tex                   make clean      remove caches, keep results
 #
 # PIP_ARGS goes to pip, CORES (2) limits Snakemake, PYTHON names the interpreter that makes .venv.
@@ -13,7 +14,7 @@ BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host reason
 QUICKSTART := studies/quickstart.yaml
 
-.PHONY: help reproduce test study notebook paper clean
+.PHONY: help reproduce test check-bounds study notebook paper clean
 
 help:
 	@sed -n '1,/^$$/s/^# *//p;/^PYTHON/q' Makefile
@@ -39,6 +40,9 @@ test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check-bounds: .venv/.installed
+	$(BIN)/python tests/check_bounds.py
 
 notebook: .venv/.installed
 	$(BIN)/jupyter lab notebooks

@@ -193,6 +193,18 @@ def test_majorant_of_a_node(name):
     assert bilinear == (len(NODES[name][1]) > 1)
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e-310])
+@pytest.mark.parametrize("name", [name for name, (node, _, _) in NODES.items() if node.second_order is not None])
+def test_majorant_of_a_saturated_node(name, size):
+    """Adjoints whose squares underflow give a majorant of their size, not infinity."""
+    node, _, dz, lam, saved, _, _ = at(name)
+    parts = node.majorant(saved, size * lam)(dz, node.tangent(saved, dz))
+    whole = node.majorant(saved, lam)(dz, node.tangent(saved, dz))
+    for part, expected in zip(parts, whole):
+        if expected is not None:
+            assert part.isfinite().all() and part.abs().max() <= 1.001 * size * expected.abs().max() + 1e-300
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("name", NETWORKS_FOR_MAJORANT)
 def test_majorant_of_a_network(name, balanced):
@@ -386,6 +398,19 @@ def test_confident_sample_in_single_precision():
     V = normal(1, double.P)
     close(single.sample_gradients().double(), double.sample_gradients(), 2e-6)
     close(single.sample_products(V.float()).double(), double.sample_products(V), 2e-5)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_saturated_softmax_keeps_a_symmetric_hessian(right):
+    """One class has probability 1 - 1e-10, the label or another: S = p_1 p_2 [[1, -1], [-1, 1]] to rounding."""
+    node = calculus.CrossEntropy(torch.tensor([0 if right else 1]))
+    f = torch.tensor([[[23.0, 0.0]]], dtype=F64)
+    _, saved = node.forward(f)
+    form = node.second_order(saved, torch.ones(1, dtype=F64))
+    S = torch.stack([form((e[None, None],), None)[0][0, 0] for e in torch.eye(2, dtype=F64)])
+    small = 1 / (1 + torch.exp(f[0, 0, 0]))
+    expected = small * (1 - small) * torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=F64)
+    close(S, expected, 1e-15)
 
 
 def test_only_exact_types_are_known():

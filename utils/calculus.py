@@ -356,11 +356,11 @@ class Normalisation:
         n, scale = saved
         factor = -scale.square() / n.shape[-1]
         a = (factor * (n * lam).sum(-1, keepdim=True)).abs()
-        first = n / n.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(n.dtype).tiny)
+        first = _unit(n, -1)
         rest = lam - lam.mean(-1, keepdim=True)
         for _ in range(2):
             rest = rest - first * (first * rest).sum(-1, keepdim=True)
-        second = rest / rest.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(n.dtype).tiny)
+        second = _unit(rest, -1)
         E = torch.stack([first, second], -2)  # (n, N, 2, d)
         form = self.second_order(saved, lam)
         ME = torch.stack([form((e,), None)[0] for e in (first, second)], -2)
@@ -421,8 +421,8 @@ class Affine:
 
     def majorant(self, saved, lam):
         """Column by column C maps gamma'_j to lam_{.j} gamma'_j: the projection on lam_{.j} times its length."""
-        length = lam.norm(dim=1)  # (n, d)
-        unit = lam / length.clamp_min(torch.finfo(lam.dtype).tiny)[:, None]
+        unit = _unit(lam, 1)
+        length = (unit * lam).sum(1)  # (n, d)
 
         def form(dz, dout):
             dX, dgamma, _ = dz
@@ -487,7 +487,8 @@ class Pool:
 class CrossEntropy:
     """l = logsumexp(f) - f_y: f (n, 1, K), labels y (n,) -> (n,).  D = r = p - e_y,  D^2 = S = diag(p) - p p^T.
 
-    r_y = -sum_{c != y} p_c and S f' = p o (g - p.g) with g = f' - f'_y: nothing cancels when p_y is close to 1.
+    r_y = -sum_{c != y} p_c and S f' = p o (g - p.g) with g = f' - f'_top, top the likeliest class: nothing cancels
+    however close to 1 its probability is, be it the label or not.
     Source: Lemma 2 (lem:cross-entropy).
     """
 
@@ -498,7 +499,7 @@ class CrossEntropy:
         p = f.softmax(-1)
         r = p.scatter(-1, self.y, 0.0)
         r.scatter_(-1, self.y, -r.sum(-1, keepdim=True))
-        return (f.logsumexp(-1, keepdim=True) - f.gather(-1, self.y))[:, 0, 0], (p, r)
+        return (f.logsumexp(-1, keepdim=True) - f.gather(-1, self.y))[:, 0, 0], (p, r, f.argmax(-1, keepdim=True))
 
     def tangent(self, saved, dz):
         return None if dz[0] is None else (saved[1] * dz[0]).sum((1, 2))
@@ -507,13 +508,13 @@ class CrossEntropy:
         return (lam[:, None, None] * saved[1],)
 
     def second_order(self, saved, lam):
-        p = saved[0]
+        p, _, top = saved
         weighted = lam[:, None, None] * p
 
         def form(dz, dout):
             if dz[0] is None:
                 return (None,)
-            g = dz[0] - dz[0].gather(-1, self.y)
+            g = dz[0] - dz[0].gather(-1, top)
             return (weighted * (g - (p * g).sum(-1, keepdim=True)),)
 
         return form
@@ -551,6 +552,12 @@ class SquaredError:
 
     def majorant(self, saved, lam):
         return self.second_order(saved, lam.abs())
+
+
+def _unit(v: Tensor, dim: int) -> Tensor:
+    """v / |v| along an axis, 0 for 0, without underflow of the squares."""
+    v = v / v.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+    return v / v.norm(dim=dim, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
 
 
 def _absolute(M: Tensor) -> Tensor:
@@ -837,8 +844,7 @@ class Tape:
                 continue
             # sigma^2 <x, |C^T| x> / <y, |C| y> of the sigma so far
             x, y = ((t * part).flatten(1).sum(1).clamp_min(0) for t, part in zip(dz, majorants[i](dz, None)[:2]))
-            change = (y / x) ** 0.25
-            change = torch.where(change.isfinite() & (change > 0), change, 1.0)
+            change = ((y / x) ** 0.25).nan_to_num(nan=1.0).clamp(1 / 8, 8)  # a step of descent, not a jump
             self.sigma[i] = change * self.sigma.get(i, torch.ones_like(change))
 
     def tangents(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -35,8 +35,8 @@ from utils.models import (
 )
 
 PARTS = ("full", "gauss_newton", "functional")
-MEMORY = 2**30  # default budget of an estimator's working arrays [bytes]
-TAPE = 6  # arrays that a walk of the calculus holds for every activation of a forward pass, measured
+MEMORY = 2**31  # default budget of an estimator's working arrays [bytes]
+TAPE, KEPT = 6, 3  # arrays for each activation of a forward pass: during a walk of the calculus, and between walks
 LEAST = 8  # Lanczos steps before an estimate may be taken for settled
 UNORTHOGONAL = 20  # Lanczos steps that need no reorthogonalisation at a tolerance of 1e-4
 
@@ -212,7 +212,7 @@ class Losses:
         if self.steps is None:
             return lambda v: self._by_differentiation(v, point, rows, part)
         chunks = rows.split(self.chunk(0))
-        room = self.memory // (len(chunks[0]) * TAPE * self._activations() * self.w.element_size() + 1)
+        room = self.memory // (len(chunks[0]) * KEPT * self._activations() * self.w.element_size() + 1)
         tapes = [self._tape(point, r, True) for r in chunks[: max(1, room)]]
 
         def product(v: Tensor) -> Tensor:

@@ -479,15 +479,25 @@ def memory(model: str, net: ViT, sizes: Sizes) -> list[dict]:
 # --- results --------------------------------------------------------------------------------------
 
 
+def shown(row: dict) -> bool:
+    """Whether the README shows a row: every method for the norms of one model, else ours beside the base."""
+    if row["task"] == "norms" and row["model"] == "small-trained":
+        return row["base"] == BASES["norms"][0]
+    if row["task"] != "norms" and row["model"] == "small-40-step":
+        return False
+    ours = row["method"] == "ours" and (row["base"] == BASES[row["task"]][0] or not pd.isna(row["target"]))
+    return row["dtype"] == "float64" and (ours or row["method"] == BASES[row["task"]][0])
+
+
 def table(frame: pd.DataFrame) -> str:
-    """The rows as Markdown, with what they have in common below."""
+    """The rows that the README shows as Markdown, with what they have in common below; the CSV has them all."""
 
     def pair(row, names, form):
         return " / ".join(form.format(row[name]) for name in names if not pd.isna(row[name]))
 
     lines = ["task | model | method | ms per unit | times faster than the base | error, median / worst"]
     lines = [f"{lines[0]} | within 1e-3 / not converged | target", " | ".join(["---"] * 8)]
-    for row in frame[frame["task"] != "memory"].to_dict("records"):
+    for row in filter(shown, frame[frame["task"] != "memory"].to_dict("records")):
         ratio = "1 (base)"
         if row["method"] != row["base"]:
             ratio = f"{row['ratio']:.3g} ({row['ratio_low']:.3g} to {row['ratio_high']:.3g})"
@@ -502,7 +512,8 @@ def table(frame: pd.DataFrame) -> str:
     for model, group in frame[frame["task"] == "memory"].groupby("model", sort=False):
         peaks = ", ".join(f"{r.peak_mib:.0f} MiB for {r.n} samples ({r.base})" for r in group.itertuples())
         grows = "it does not grow" if group["reached"].iloc[-1] == "reached" else "it grows"
-        text += f"\nPeak memory of the per-sample norms, {model}, at the default budget of 1 GiB: {peaks}; {grows}.\n"
+        budget = f"at the default budget of {curvature.MEMORY / 2**30:g} GiB"
+        text += f"\nPeak memory of the per-sample norms, {model}, {budget}: {peaks}; {grows}.\n"
     about = (f"{name} {', '.join(map(str, frame[name].unique()))}" for name in ("device", "torch", "threads", "rounds"))
     return f"{text}\n{'; '.join(about)}; float64 unless said otherwise; ratios: median and range over the rounds."
 
