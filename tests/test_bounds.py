@@ -894,6 +894,7 @@ def test_majorant_rung():
     refused(lambda: bounds.majorant(model, x, y), "majorant")
     refused(lambda: hessian_norm_bounds(model, x, y, rung="majorant"), "ViT")
     refused(lambda: hessian_norm_bounds(small_vit(3), x, y, rung="majorant", radius=0.1), "ball")
+    refused(lambda: hessian_norm_bounds(small_vit(3), x, y, rung="prior", confidence=0.9), "confidence")
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])

@@ -589,7 +589,7 @@ def majorant(
     The couplings are balanced in `rounds` power steps on Q_i from the gradient, then Lanczos runs `max_steps` products
     from a uniform start of a stream of its own. "lower" (n,) <= lambda_max(Q_i) always; "M" (n,) >= lambda_max(Q_i) for
     all samples together with probability `confidence` over that start (inf while too few steps say nothing).
-    `options` are those of `curvature.Losses`. Cost: rounds + max_steps products a sample, each a third dearer than one
+    `options` are those of `curvature.Losses`. Cost: rounds + max_steps products a sample, each a fifth dearer than one
     with H_i. Source: Theorem (thm:majorant), Theorem (thm:lanczos) for positive semidefinite matrices.
     """
     losses = curvature.Losses(model, x, y, loss, **options)
@@ -679,10 +679,10 @@ class Bound:
 
     values (n,): values[i] >= ||H_i||, float64 on the CPU. groups: names of the m groups of weights. blocks
     (n, m, m): blocks[i, g, g'] >= ||the (g, g') block of H_i||, and values[i] is its spectral norm (None for
-    the closed form). terms: the named quantities behind it (float64 tensors), among them "D" and "E" >= the
-    norms of the first and second derivative of the logits, "growth" (n, L) the factor of each block,
-    "log10" = log10 of the values, and, but for the closed form, "r_hat" and "S_hat" >= the norms of the gradient
-    and Hessian of the loss in the logits.
+    the closed form and the majorant). terms: the named quantities behind it (float64 tensors), "log10" = log10 of the
+    values and, for the majorant, "lower" and "steps" (see `majorant`); for the others "D" and "E" >= the norms of the
+    first and second derivative of the logits, "growth" (n, L) the factor of each block and, but for the closed form,
+    "r_hat" and "S_hat" >= the norms of the gradient and Hessian of the loss in the logits.
     """
 
     rung: str
@@ -723,6 +723,8 @@ def hessian_norm_bounds(
     lem:cross-entropy, lem:layernorm, lem:activations, lem:bilinear).
     """
     _check(model, x, y, loss, rung, radius, parameters, variance_floor)
+    if options and rung != "majorant":
+        raise ValueError(f"Rung {rung!r} takes no {', '.join(options)}: leave it out or choose the rung 'majorant'.")
     twin = prepared_copy(model)
     device = next(twin.parameters()).device
     x, y = x.to(device, torch.float64), y.to(device)
