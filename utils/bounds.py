@@ -1,11 +1,11 @@
 """Rigorous upper bounds on the spectral norm of every per-sample Hessian of a `ViT`.
 
-Four rungs, from the loosest and most general to the sharpest:
+The ladder, from the loosest and most general rung to the sharpest:
 
     closed_form   one formula in sizes and norms of the weights      (Theorem 2, thm:closed-form)
     prior         norms of the weights, one row for each group       (Theorem 1, thm:jet; ball: cor:ball)
     activations   the sample's own activations                       (Theorem 1, thm:jet)
-    majorant      |M_z| of every node on exact tangents, by products (thm:majorant); with a stated probability
+    adjoint, blocks, tangents, majorant, deflated                    the second-order forms at one point: `utils.forms`
 
 Symbols follow the paper: N tokens, d width, H heads, d_h = d/H, K classes, `rho` the LayerNorm scale,
 `Gamma` = max |gamma_j|, omega = ||[W b]||, `chi` a bound of ||[X 1]|| for LayerNorm rows X, R a radius.
@@ -24,11 +24,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from utils import calculus, curvature
+from utils import calculus, curvature, forms
+from utils.forms import ROUNDING
+from utils.forms import spectral as _spectral
 from utils.models import ACTIVATIONS, LOSSES, ViT, prepared_copy
 
-RUNGS = ("closed_form", "prior", "activations", "majorant")
-ROUNDING = 1 + 1e-10
+JETS = ("closed_form", "prior", "activations")
+RUNGS = (*JETS, *forms.SMALL_MATRIX, *forms.BY_PRODUCTS)
 
 # --- lemmas: one node each --------------------------------------------------------------------------
 # Decimal constants are rounded up.
@@ -187,14 +189,6 @@ def _outer(u: Tensor, v: Tensor) -> Tensor:
 
 def _largest_eigenvalue(M: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(M)[..., -1]
-
-
-def _spectral(M: Tensor) -> Tensor:
-    """||M|| for (..., a, b), by the smaller Gram matrix of M scaled to entries <= 1."""
-    scale = M.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
-    M = M / scale
-    gram = M @ M.mT if M.shape[-2] < M.shape[-1] else M.mT @ M
-    return _largest_eigenvalue(gram).clamp(min=0).sqrt() * scale[..., 0, 0]
 
 
 def _hypot(u, v):
@@ -577,39 +571,7 @@ def closed_form(model: ViT, x: Tensor, radius: float = 0.0, variance_floor: floa
     }
 
 
-# --- the majorant ---------------------------------------------------------------------------------------
-
-
-def majorant(
-    model, x, y, loss="cross_entropy", *, confidence=0.95, max_steps=60, rounds=12, seed=0, **options
-) -> dict[str, Tensor]:
-    """lambda_max(Q_i) >= ||H_i|| for the majorant Q_i = J^T S J + sum over nodes of |M_z| on the tangents.
-
-    No products of norms: tangents and adjoints are exact, only the signs of the nodes' second-order forms are lost.
-    The couplings are balanced in `rounds` power steps on Q_i from the gradient, then Lanczos runs `max_steps` products
-    from a uniform start of a stream of its own. "lower" (n,) <= lambda_max(Q_i) always; "M" (n,) >= lambda_max(Q_i) for
-    all samples together with probability `confidence` over that start (inf while too few steps say nothing).
-    `options` are those of `curvature.Losses`. Cost: rounds + max_steps products a sample, each a fifth dearer than one
-    with H_i. Source: Theorem (thm:majorant), Theorem (thm:lanczos) for positive semidefinite matrices.
-    """
-    losses = curvature.Losses(model, x, y, loss, **options)
-    if losses.steps is None:
-        raise ValueError("The majorant knows only the networks of utils.models, as they are: use the certified norm.")
-    failure, parts = (1 - confidence) / losses.n, []
-    for rows in torch.arange(losses.n, device=losses.x.device).split(losses.chunk(max_steps + 4)):
-        operator = curvature.SampleHessians(losses, rows, "majorant")
-        v = operator.gradients()
-        for _ in range(rounds):
-            v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-            operator.balance(v)
-            v = operator(v)
-        start = curvature.uniform_start((1, losses.P), losses, seed).expand(len(rows), -1)
-        parts.append(curvature.lanczos(operator, start, max_steps=max_steps, done=lambda ritz, j: ritz.exhausted))
-    high, steps, exhausted = (torch.cat([getattr(p, name) for p in parts]) for name in ("high", "steps", "exhausted"))
-    epsilon = {q: curvature.lanczos_epsilon(q, losses.P, min(2 * failure, 0.999)) for q in set(steps.tolist())}
-    eps = torch.tensor([epsilon[q] for q in steps.tolist()], dtype=torch.float64, device=high.device)
-    M = torch.where(exhausted, high, torch.where(eps < 0.5, high / (1 - eps), torch.inf)) * ROUNDING
-    return {"lower": high, "M": M, "steps": steps}
+# --- exact and derived cases ---------------------------------------------------------------------------
 
 
 def head_norms(model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tensor:
@@ -678,11 +640,11 @@ class Bound:
     """Upper bounds of per-sample Hessian norms.
 
     values (n,): values[i] >= ||H_i||, float64 on the CPU. groups: names of the m groups of weights. blocks
-    (n, m, m): blocks[i, g, g'] >= ||the (g, g') block of H_i||, and values[i] is its spectral norm (None for
-    the closed form and the majorant). terms: the named quantities behind it (float64 tensors), "log10" = log10 of the
-    values and, for the majorant, "lower" and "steps" (see `majorant`); for the others "D" and "E" >= the norms of the
-    first and second derivative of the logits, "growth" (n, L) the factor of each block and, but for the closed form,
-    "r_hat" and "S_hat" >= the norms of the gradient and Hessian of the loss in the logits.
+    (n, m, m): blocks[i, g, g'] >= ||the (g, g') block of H_i||, and values[i] is at most its spectral norm (None for
+    the closed form and the rungs by products). terms: the named quantities behind it (float64 tensors), "log10" = log10
+    of the values; for the rungs by products what `forms.majorant` and `forms.deflated` return; for the first three
+    "D" and "E" >= the norms of the first and second derivative of the logits, "growth" (n, L) the factor of each block
+    and, but for the closed form, "r_hat" and "S_hat" >= the norms of the loss's gradient and Hessian in the logits.
     """
 
     rung: str
@@ -708,8 +670,9 @@ def hessian_norm_bounds(
     model: a `utils.models.ViT`, left unchanged. x: images (n, C, S, S), y: classes (n,). loss:
     "cross_entropy" or "mse" (mean over the classes). rung: "closed_form" (pre-norm with cross-entropy, all
     weights), "prior" (norms of weights and patches), "activations" (one forward pass; the sample's own LayerNorm
-    scales, attention rows, activation slopes and residual) or "majorant" (`majorant`, whose `options` it takes: about
-    70 products a sample; the values hold with probability `confidence`, 0.95 if none is given).
+    scales, attention rows, activation slopes and residual), "adjoint", "blocks", "tangents" (`forms.small_matrix`),
+    "majorant" or "deflated" (`forms.majorant`, `forms.deflated`, whose `options` they take). The majorant holds with
+    probability `confidence`, 0.95 if none is given; all others always.
     radius: with radius > 0 the values hold for all weights within that Euclidean distance of the model's, all
     groups moving together (closed_form and prior). parameters: name patterns (fnmatch) that select the weights; a
     group counts as a whole if one of its parameters matches, which can only enlarge the bound.
@@ -723,16 +686,26 @@ def hessian_norm_bounds(
     lem:cross-entropy, lem:layernorm, lem:activations, lem:bilinear).
     """
     _check(model, x, y, loss, rung, radius, parameters, variance_floor)
-    if options and rung != "majorant":
+    if options and rung not in forms.BY_PRODUCTS:
         raise ValueError(f"Rung {rung!r} takes no {', '.join(options)}: leave it out or choose the rung 'majorant'.")
     twin = prepared_copy(model)
     device = next(twin.parameters()).device
     x, y = x.to(device, torch.float64), y.to(device)
     groups = _group_names(twin)
-    if rung == "majorant":
-        terms = {name: _float64(t) for name, t in majorant(model, x, y, loss, parameters=parameters, **options).items()}
+    if rung in forms.BY_PRODUCTS:
+        by_products = forms.majorant if rung == "majorant" else forms.deflated
+        found = by_products(model, x, y, loss, parameters=parameters, **options)
+        terms = {name: _float64(t) for name, t in found.items()}
         values = terms.pop("M")
         return Bound(rung, values, groups, None, terms | {"log10": values.log10()})
+    if rung in forms.SMALL_MATRIX:
+        kept = [groups[g] for g in _kept(twin, groups, parameters)]
+        names = [name for name, _ in twin.named_parameters() if forms.group_of(name) in kept]
+        losses = curvature.Losses(twin, x, y, loss, parameters=names)
+        with torch.no_grad():
+            parts = [forms.small_matrix(losses, i, kept, rung) for i in range(len(x))]
+        values, blocks = (_float64(torch.stack(t)) for t in zip(*parts))
+        return Bound(rung, values, kept, blocks, {"log10": values.log10()})
     with torch.no_grad():
         if rung == "closed_form":
             terms = {name: _float64(value) for name, value in closed_form(twin, x, radius, variance_floor).items()}
@@ -820,11 +793,11 @@ def _check(model, x, y, loss, rung, radius, parameters, floor) -> None:
         )
     if rung == "closed_form" and parameters is not None:
         raise ValueError("The closed form covers all weights together: use rung 'prior' with parameters.")
-    if radius > 0 and rung in ("activations", "majorant"):
+    if radius > 0 and rung not in ("closed_form", "prior"):
         raise ValueError(f"Rung {rung!r} holds at one point of weight space: use 'prior' for a ball.")
     if radius > 0 and c.activation == "relu":
         raise ValueError("The Hessian of a ReLU network says nothing about a ball: use gelu or radius 0.")
-    if floor is not None and rung in ("activations", "majorant"):
+    if floor is not None and rung not in ("closed_form", "prior"):
         raise ValueError(f"Rung {rung!r} measures rho itself: leave variance_floor out.")
     if floor is not None and not 0 < floor < math.inf:
         raise ValueError(f"variance_floor is {floor}: give a finite number > 0.")

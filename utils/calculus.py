@@ -37,6 +37,9 @@ from utils.models import ACTIVATIONS, MLP, Attention, Block, MultilayerPerceptro
 # majorant(saved, lam)       -> the map (dz, dout) -> |M| dz of the positive semidefinite |M| with -|M| <= M <= |M|, M
 #                               the symmetric matrix of < lam, D^2 phi >; for a bilinear phi the two halves of
 #                               2 <x, C y> <= <x, |C^T| x> + <y, |C| y>. Source: Theorem (thm:majorant)
+# ridge(saved, lam)          -> of the nodes whose second input is a parameter: the map (dz, dout) -> R^T R dx, where
+#                               R x' is the gradient in the parameter of < lam, D^2 phi [x', .] >, so that the coupling
+#                               is 2 <W', R x'> <= |R x'|^2 / mu + mu |W'|^2. Source: Theorem (thm:deflation)
 # A node whose adjoint has a parameter's part takes sums=True: the parts are summed over the samples then.
 
 
@@ -91,6 +94,10 @@ class Linear:
             return (*out, None) if bias else out
 
         return form
+
+    def ridge(self, saved, lam):
+        """R X' = lam^T X', so lam (lam^T X')."""
+        return lambda dz, dout: (None if dz[0] is None else lam @ (lam.mT @ dz[0]), None, None)
 
 
 def _outer(lam, X, sums, into=None):
@@ -430,6 +437,10 @@ class Affine:
 
         return form
 
+    def ridge(self, saved, lam):
+        """R X' = sum_t lam_t o x'_t, so lam o (sum_t lam_t o x'_t)."""
+        return lambda dz, dout: (None if dz[0] is None else lam * (lam * dz[0]).sum(1, keepdim=True), None, None)
+
 
 class Embedding:
     """h_0 = [cls ; Z] + pos: Z (n, N_p, d), pos (N, d), cls (d,) or absent (N = N_p then) -> (n, N, d). Linear."""
@@ -474,10 +485,10 @@ class Pool:
         return None if dz[0] is None else self.forward(dz[0])[0]
 
     def adjoint(self, saved, lam):
-        (shape,) = saved
+        (_, N, d) = saved[0]
         if self.kind == "mean":
-            return ((lam / shape[1]).expand(shape),)
-        out = lam.new_zeros(shape)
+            return ((lam / N).expand(-1, N, -1),)
+        out = lam.new_zeros(len(lam), N, d)
         out[:, :1] = lam
         return (out,)
 
@@ -552,6 +563,11 @@ class SquaredError:
 
     def majorant(self, saved, lam):
         return self.second_order(saved, lam.abs())
+
+
+def _like(scale: Tensor, t: Tensor) -> Tensor:
+    """(n,) with axes of length 1 behind, as many as t (n, ...) has."""
+    return scale.reshape(-1, *[1] * (t.ndim - 1))
 
 
 def _unit(v: Tensor, dim: int) -> Tensor:
@@ -741,7 +757,7 @@ class Tape:
             if any(wanted):
                 alive.add(step.output)
         self.losses = self.values["loss"]
-        self._adjoints, self._forms, self._majorants, self.sigma = None, None, None, {}
+        self._adjoints, self._forms, self._majorants, self.sigma, self.mu = None, None, {}, {}, None
 
     def _options(self, i: int) -> dict:
         if isinstance(self._chain[i].node, PARAMETRIC):
@@ -799,21 +815,31 @@ class Tape:
             ]
         return self._forms
 
-    def _majorants_of(self) -> list:
-        if self._majorants is None:
+    def _majorants_of(self, ridge: bool = False) -> list:
+        if ridge not in self._majorants:
             lam = self.adjoints
-            self._majorants = [
-                self._balanced(i, step.node.majorant(self._saved[i], lam[step.output]))
+            self._majorants[ridge] = [
+                self._weighted(i, self._saved[i], lam[step.output], ridge)
                 if step.node.second_order is not None and any(self._wanted[i]) and step.output in lam
                 else None
                 for i, step in enumerate(self._chain)
             ]
-        return self._majorants
+        return self._majorants[ridge]
 
-    def _balanced(self, i: int, form):
-        """The two halves of a coupling times sigma and 1/sigma, sigma (n,) from `balance`, 1 before."""
-        if not isinstance(self._chain[i].node, BILINEAR):
-            return form
+    def _weighted(self, i: int, saved, lam, ridge: bool):
+        """The node's majorant; the halves of a coupling times sigma and 1/sigma, its ridge form by mu."""
+        node = self._chain[i].node
+        if not isinstance(node, BILINEAR):
+            return node.majorant(saved, lam)
+        if ridge and isinstance(node, PARAMETRIC):
+            squares = node.ridge(saved, lam)
+
+            def scaled(dz, dout, into=None):
+                first = squares(dz, dout)[0] if self._wanted[i][1] else None  # a parameter at rest is not coupled
+                return None if first is None else first / _like(self.mu, first), None, None
+
+            return scaled
+        form = node.majorant(saved, lam)
 
         def weighted(dz, dout, into=None):
             if dz[0] is None or dz[1] is None:  # what does not move is coupled with nothing
@@ -821,26 +847,25 @@ class Tape:
             first, second, *rest = form(dz, dout)
             sigma = self.sigma.get(i)
             if sigma is not None:
-                first = first * sigma.reshape(-1, *[1] * (first.ndim - 1))
-                second = second / sigma.reshape(-1, *[1] * (second.ndim - 1))
+                first, second = first * _like(sigma, first), second / _like(sigma, second)
             return (first, second, *rest)
 
         return weighted
 
-    def balance(self, direction: dict[str, Tensor]) -> None:
+    def balance(self, direction: dict[str, Tensor], ridge: bool = False) -> None:
         """Bring every coupling's sigma (n,) halfway to where its majorant is smallest along `direction` (n, ...).
 
         2 <x, C y> <= sigma <x, |C^T| x> + <y, |C| y> / sigma holds for every sigma > 0; at x, y it is smallest at
         sigma^2 = <y, |C| y> / <x, |C^T| x>. The norm of Q is convex in the logarithms of the sigmas, and at its top
         eigenvector this is a step of descent; the whole step would swing between nearly equal eigenvalues.
-        Source: Theorem (thm:majorant).
+        With `ridge` the couplings with parameters are left out: they have mu. Source: Theorem (thm:majorant).
         """
-        tangents, majorants = self.tangents(direction), self._majorants_of()
+        tangents, majorants = self.tangents(direction), self._majorants_of(ridge)
         for i, step in enumerate(self._chain):
             if majorants[i] is None or not isinstance(step.node, BILINEAR):
                 continue
             dz = tuple(tangents.get(name) for name in step.inputs)
-            if dz[0] is None or dz[1] is None:
+            if dz[0] is None or dz[1] is None or (ridge and isinstance(step.node, PARAMETRIC)):
                 continue
             # sigma^2 <x, |C^T| x> / <y, |C| y> of the sigma so far
             x, y = ((t * part).flatten(1).sum(1).clamp_min(0) for t, part in zip(dz, majorants[i](dz, None)[:2]))
@@ -858,14 +883,15 @@ class Tape:
     def product(self, direction: dict[str, Tensor], part: str = "full", out: dict[str, Tensor] | None = None) -> dict:
         """Hessian times direction by parameter, shapes as in `gradient`; None where it is zero.
 
-        part: "full", "gauss_newton" (J^T S J, S the Hessian of the loss in the logits), "functional" (the rest), or
-        "majorant": J^T S J plus the majorants of all nodes, a matrix Q with -Q <= H <= Q (one direction a sample).
+        part: "full", "gauss_newton" (J^T S J, S the Hessian of the loss in the logits), "functional" (the rest), or,
+        with one direction a sample, "majorant": J^T S J plus the majorants of all nodes, a matrix Q with -Q <= H <= Q,
+        or "ridge": the same with the couplings of parameters as R^T R / mu, mu (n,), so that -Q - mu <= H <= Q + mu.
         out: tensors by name, of the shapes of `gradient`, that take the result, zeros included.
         Source: Theorem (thm:adjoint).
         """
         targets = {name: Target(value) for name, value in (out or {}).items()}
         tangents = self.tangents(direction)
-        forms = self._majorants_of() if part == "majorant" else self._forms_of()
+        forms = self._majorants_of(part == "ridge") if part in ("majorant", "ridge") else self._forms_of()
         last = len(self._chain) - 1
         start = {"f": forms[last]((tangents["f"],), None)[0]} if part != "functional" else {}
         found = self._back(start, None if part == "gauss_newton" else forms, tangents, last, targets)

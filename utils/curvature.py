@@ -258,27 +258,29 @@ class Losses:
 class SampleHessians:
     """The Hessians h_i of the samples `rows` of `losses` as maps on vectors, one vector a sample; m samples at once.
 
-    part: as everywhere, or "majorant": a positive semidefinite Q_i with -Q_i <= h_i <= Q_i in place of h_i, for the
-    networks that the calculus knows (Theorem (thm:majorant)). What products share is kept while the samples stay.
+    part: as everywhere, or, for the networks that the calculus knows, a positive semidefinite Q_i in place of h_i:
+    "majorant" with -Q_i <= h_i <= Q_i (Theorem (thm:majorant)), "ridge" with -Q_i - mu_i <= h_i <= Q_i + mu_i for the
+    `mu` (m,) set here (Theorem (thm:deflation)). What products share is kept while the samples stay.
     """
 
     def __init__(self, losses: Losses, rows: Tensor, part: str = "full"):
-        if part != "majorant" or losses.steps is None:
+        if part not in ("majorant", "ridge") or losses.steps is None:
             _check_part(part)
         self.losses, self.rows, self.part = losses, rows, part
-        self.here, self.tape, self.sigma = None, None, {}
+        self.here, self.tape, self.sigma, self.mu = None, None, {}, None
 
     def _tape_of(self, local: Tensor) -> calculus.Tape:
         if self.here is None or not torch.equal(self.here, local):
             self.here, self.tape = local, self.losses._tape(self.losses.point, self.rows[local], False)
             self.tape.sigma = {i: t[local] for i, t in self.sigma.items()}
+        self.tape.mu = None if self.mu is None else self.mu[local]
         return self.tape
 
     def balance(self, V: Tensor) -> None:
-        """For the part "majorant": the weights of every coupling that make it smallest along V (m, P)."""
+        """For "majorant" and "ridge": a step towards the weights of the couplings that are best along V (m, P)."""
         with torch.no_grad():
             tape = self._tape_of(torch.arange(len(self.rows), device=self.rows.device))
-            tape.balance(self.losses.unflatten(V))
+            tape.balance(self.losses.unflatten(V), self.part == "ridge")
             self.sigma = tape.sigma
 
     def gradients(self) -> Tensor:

@@ -1,0 +1,119 @@
+"""The ladder of bounds on the trained networks of studies/digits_ladder.yaml: `make ladder`.
+
+Takes every run of the study whose weights are there, 16 training and 16 held-out samples each, certifies their
+Hessian norms and asks every rung. Writes data/results/digits_ladder/ladder.csv, one row for a run, a part and a rung:
+the ratios bound / certified lower end of the norm and the cost in Hessian-vector products of a sample (CPU times on
+one thread, side by side). Exits with 1 if a bound lies below the lower end of a norm. The dense rungs take fewer
+samples on the wider networks, and the tangents rung is left out where it would take minutes a sample: see `samples`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import bounds, curvature, models, params, runs
+from utils.data import Dataset
+
+STUDY = "digits_ladder"
+PRODUCTS = (16, 32, 64, 128)  # subspaces of the deflated rung
+
+
+def samples(rung: str, depth: int, width: int, most: int) -> int:
+    """How many samples of a part a rung is asked for."""
+    size = depth * width**3 / 16**3  # in dense matrix products
+    dense = rung in ("adjoint", "blocks", "tangents") or rung.startswith("deflated")
+    if rung == "tangents" and size > 40:
+        return 0
+    return most if not dense or size <= 64 else min(most, 4)
+
+
+def of_run(folder: Path, run: str, most: int) -> list[dict]:
+    description = json.loads((folder / "model.json").read_text())
+    with np.load(folder / "dataset.npz") as arrays:
+        dataset = Dataset.from_arrays(dict(arrays), json.loads((folder / "dataset.json").read_text()))
+    network = models.restore(description, load_file(folder / "model.safetensors"), dataset.info).double()
+    c, rows = network.config, []
+    for part, x, y in (
+        ("training", dataset.x_train, dataset.y_train),
+        ("held-out", dataset.x_test, dataset.y_test),
+    ):
+        x, y = x[:most], y[:most]
+        norms = curvature.per_sample_hessian_norms(network, x, y, description["loss"], certify=True)
+        losses = curvature.Losses(network, x, y, description["loss"])
+        product, v = curvature.SampleHessians(losses, torch.arange(len(x))), torch.randn(len(x), losses.P).double()
+        product(v)
+        start = time.process_time()
+        for _ in range(5):
+            product(v)
+        unit = (time.process_time() - start) / 5 / len(x)  # of one product of one sample [s]
+        for name in (*[r for r in bounds.RUNGS if r != "deflated"], *[f"deflated {q}" for q in PRODUCTS]):
+            n = samples(name, c.depth, c.d_model, most)
+            rung, *q = name.split()
+            options = {"products": int(q[0])} if q else {}
+            if n == 0 or (rung == "closed_form" and c.norm != "pre"):
+                continue
+            start = time.process_time()
+            found = bounds.hessian_norm_bounds(network, x[:n], y[:n], description["loss"], rung, **options).values
+            cost = (time.process_time() - start) / n / unit
+            ratio = found / norms.lower[:n]
+            rows.append(
+                {
+                    "run": run,
+                    "depth": c.depth,
+                    "width": c.d_model,
+                    "seed": int(run.split("_")[-1]),
+                    "part": part,
+                    "rung": name,
+                    "samples": n,
+                    "ratio_min": ratio.min().item(),
+                    "ratio_median": ratio.median().item(),
+                    "ratio_max": ratio.max().item(),
+                    "log10_bound": found.log10().median().item(),
+                    "log10_norm": norms.lower[:n].log10().median().item(),
+                    "certificate_max": (norms.upper / norms.lower).max().item(),
+                    "products": cost,
+                    "violations": int((ratio < 1 - 1e-9).sum()),
+                }
+            )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--runs", nargs="*", help="some runs of the study alone")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = ROOT / runs.RESULTS / STUDY / "ladder.csv"
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["run"])
+    study = params.read_study(ROOT / "studies" / f"{STUDY}.yaml")
+    for run in options.runs or study.runs:
+        folder = ROOT / runs.RUNS / run
+        if not (folder / "model.safetensors").is_file():
+            print(f"{run}: no weights yet: run notebooks 01 and 02 of the study first.", file=sys.stderr)
+            continue
+        found = pd.DataFrame(of_run(folder, run, options.samples))
+        table = pd.concat([table[table["run"] != run], found], ignore_index=True)
+        table = table.sort_values(["depth", "width", "seed", "part"], kind="stable")
+        with runs.atomic(path) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        print(
+            found[["run", "part", "rung", "ratio_median", "ratio_max", "products"]].to_string(index=False), flush=True
+        )
+    return int(table.get("violations", pd.Series(dtype=int)).sum() > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
