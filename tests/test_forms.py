@@ -67,7 +67,9 @@ def test_roots_of_every_node(name):
         lam = walk.tape.adjoints.get(step.output)
         if step.node.second_order is None or lam is None:
             continue
-        found = dict(forms.roots(step, walk.saved[i], lam))
+        found = {k: build() for k, _, build in forms.roots(step, walk.saved[i], lam)}
+        for k, norm, _ in forms.roots(step, walk.saved[i], lam):
+            assert norm.item() == pytest.approx(norm2(found[k].flatten(1)), rel=1e-9)
         form = step.node.second_order(walk.saved[i], lam)
         if isinstance(step.node, (forms.Linear, forms.Affine)):
             E = forms.units(walk.values[step.inputs[0]])

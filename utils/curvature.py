@@ -24,6 +24,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from utils import calculus, pyhessian_adapter
 from utils.models import (
@@ -312,6 +313,16 @@ class SampleHessians:
 def _check_part(part: str) -> None:
     if part not in PARTS:
         raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}.")
+
+
+def operations(function: Callable, *inputs, **options) -> tuple[object, int]:
+    """What the function returns for these inputs, and the floating-point operations of its matrix products.
+
+    As torch counts them: element-wise work and eigenvalue problems are left out.
+    """
+    with FlopCounterMode(display=False) as counter:
+        found = function(*inputs, **options)
+    return found, counter.get_total_flops()
 
 
 class Logits(nn.Module):

@@ -109,6 +109,20 @@ class Walk:
         found = {step.inputs[1]: rows.flatten(1)}
         return found | ({step.inputs[2]: rows[:, 0]} if saved[0] else {})
 
+    def norms_on_weights(self, i: int) -> dict[str, Tensor]:
+        """||D_W phi|| for each group of step i: the norm of [X 1], the largest of [n_j 1], 1 for the embedding."""
+        step, saved = self.steps[i], self.saved[i]
+        if not isinstance(step.node, PARAMETRIC) or not any(self.wanted[i][1:]):
+            return {}
+        if isinstance(step.node, Linear):
+            X = saved[0][0]
+            X1 = torch.cat([X, torch.ones_like(X[:, :1])], 1) if saved[2] else X
+            return {group_of(step.inputs[1]): spectral(X1)}
+        if isinstance(step.node, Affine):
+            n = saved[0][0].mT[..., None]  # (d, N, 1)
+            return {group_of(step.inputs[1]): spectral(torch.cat([n, torch.ones_like(n)], 2)).max()}
+        return dict.fromkeys(step.inputs[1:], torch.ones_like(self.values["f"][0, 0, 0]))
+
     def back(self, rows: Tensor, name: str, first: int, last: int, visit: Callable) -> Tensor | None:
         """Walk forms of the value `name` back over the steps first-1, ..., last; visit(group, matrix) at the weights.
 
@@ -130,41 +144,47 @@ class Walk:
 # --- small matrices: adjoint, blocks, tangents (Theorem (thm:forms)) -----------------------------------
 
 
-def roots(step: Step, saved, lam: Tensor) -> list[tuple[int, Tensor]]:
-    """(place of an input, forms R (k, *shape) of it) that bound < lam, D^2 phi > of one sample.
+def roots(step: Step, saved, lam: Tensor) -> list[tuple[int, Tensor, Callable[[], Tensor]]]:
+    """(place of an input, ||R||, R on demand): forms R (k, *shape) of the inputs that bound < lam, D^2 phi >.
 
     One input x:  |< lam, D^2 phi [x', x'] >| <= |R x'|^2, R^T R = |M|.
     Two values:   < lam, D^2 phi [x', y'] > = <x', C y'>, R_x^T R_x = |C^T|, R_y^T R_y = |C|.
     A value and a parameter: R x' is the gradient in the parameter of < lam, D^2 phi [x', .] >.
-    Source: Theorem (thm:forms).
+    One sample, empty for a linear node. Source: Theorem (thm:forms).
     """
     node = step.node
     if isinstance(node, Activation):
         bend = (saved[1] * lam)[0].abs().sqrt()
-        return [(0, torch.diag(bend.flatten()).reshape(-1, *bend.shape))]
+        return [(0, bend.max(), lambda: torch.diag(bend.flatten()).reshape(-1, *bend.shape))]
     if isinstance(node, (Softmax, Normalisation)):
         last = lam.shape[-1]
         eye = torch.eye(last, dtype=lam.dtype, device=lam.device).reshape(last, *[1] * (lam.ndim - 2), last)
         M = node.majorant(saved, lam)((eye.expand(last, *lam.shape[1:]).contiguous(),), None)[0].movedim(0, -1)
         values, vectors = torch.linalg.eigh((M + M.mT) / 2)
-        return [(0, _spread(values.clamp(min=0).sqrt()[..., :, None] * vectors.mT))]
+        half = values.clamp(min=0).sqrt()
+        return [(0, half.max(), lambda: _spread(half[..., :, None] * vectors.mT))]
     if isinstance(node, Linear):
         _, s, Vh = torch.linalg.svd(lam[0].mT, full_matrices=False)  # R X' = lam^T X', the left factor is a rotation
-        return [(0, _along_tokens(s[:, None] * Vh, saved[0].shape[-1]))]
+        return [(0, s.max(), lambda: _along_tokens(s[:, None] * Vh, saved[0].shape[-1]))]
     if isinstance(node, Affine):
-        return [(0, torch.diag_embed(lam[0]).movedim(0, 1).contiguous())]  # (d, N, d)
+        return [(0, lam[0].norm(dim=0).max(), lambda: torch.diag_embed(lam[0]).movedim(0, 1).contiguous())]
     if isinstance(node, Score):  # <lam_h, Q'_h K'_h^T>: C = lam on the tokens of each head
         U, s, Vh = torch.linalg.svd(saved[2] * lam[0], full_matrices=False)
-        return [(k, _by_heads(s.sqrt()[..., None] * B, saved[0].shape[-1])) for k, B in ((0, U.mT), (1, Vh))]
+        half, d_h = s.sqrt(), saved[0].shape[-1]
+        return [(k, half.max(), lambda B=B: _by_heads(half[..., None] * B, d_h)) for k, B in ((0, U.mT), (1, Vh))]
     if isinstance(node, Mixing):  # <lam_h, A'_h V'_h>: C = lam between query tokens and columns
-        A, V = saved
-        H, N, d_h = V.shape[1:]
+        H, N, d_h = saved[1].shape[1:]
         U, s, Vh = torch.linalg.svd(lam[0].unflatten(-1, (H, d_h)).transpose(0, 1), full_matrices=False)
-        U, Vh = s.sqrt()[..., None] * U.mT, s.sqrt()[..., None] * Vh  # (H, r, N_q), (H, r, d_h)
-        eye, heads = torch.eye(N, dtype=V.dtype, device=V.device), torch.eye(H, dtype=V.dtype, device=V.device)
-        of_A = torch.einsum("gh,grq,jt->grjhqt", heads, U, eye).reshape(-1, H, A.shape[2], N)
-        of_V = torch.einsum("gh,grc,jt->grjthc", heads, Vh, eye).reshape(-1, N, H * d_h)
-        return [(0, of_A), (1, of_V)]
+        half = s.sqrt()
+        heads, eye = (torch.eye(m, dtype=s.dtype, device=s.device) for m in (H, N))
+
+        def of_A():
+            return torch.einsum("gh,grq,jt->grjhqt", heads, half[..., None] * U.mT, eye).flatten(0, 2)
+
+        def of_V():
+            return torch.einsum("gh,grc,jt->grjthc", heads, half[..., None] * Vh, eye).flatten(0, 2).flatten(2)
+
+        return [(0, half.max(), of_A), (1, half.max(), of_V)]
     return []
 
 
@@ -208,27 +228,27 @@ def gauss_newton(walk: Walk) -> tuple[Tensor, Tensor]:
     return spectral(R.flatten(0, 1)) ** 2, spectral(R[:, None] @ R[None].mT)
 
 
-def functional(walk: Walk, reach: Callable[[int, str, Tensor], Tensor], steps: range, B: Tensor) -> None:
+def functional(walk: Walk, reach: Callable[[int, str, Tensor, Callable], Tensor], steps: range, B: Tensor) -> None:
     """Add to B (m, m) what bounds the blocks of sum_z X_z'^T M_z X_z' over the given steps.
 
-    reach(i, name, R) -> (m,) bounds ||R dx/dw_g|| for the forms R of the input `name` of step i. Source: Theorem
-    (thm:forms).
+    reach(i, name, ||R||, build) -> (m,) bounds ||R dx/dw_g|| for the forms R = build() of the input `name` of step i.
+    Source: Theorem (thm:forms).
     """
     for i in steps:
         step = walk.steps[i]
         lam, values = walk.tape.adjoints.get(step.output), dict(walk.active(i))
         if step.node.second_order is None or lam is None or not values:
             continue
-        found = [(k, reach(i, values[k], R)) for k, R in roots(step, walk.saved[i], lam) if k in values]
+        found = [reach(i, values[k], *root) for k, *root in roots(step, walk.saved[i], lam) if k in values]
         if isinstance(step.node, PARAMETRIC):
             g = walk.groups.get(group_of(step.inputs[1]))
             if g is not None and walk.wanted[i][1]:
-                B[g] += found[0][1]
-                B[:, g] += found[0][1]
+                B[g] += found[0]
+                B[:, g] += found[0]
         elif len(step.inputs) == 1:
-            B += torch.outer(found[0][1], found[0][1])
+            B += torch.outer(found[0], found[0])
         elif len(found) == 2:
-            cross = torch.outer(found[0][1], found[1][1])
+            cross = torch.outer(*found)
             B += cross + cross.mT
 
 
@@ -246,13 +266,13 @@ def measured_tangents(walk: Walk, whole: bool) -> Tensor:
     B, ends = walk.zeros.new_zeros(len(walk.groups), len(walk.groups)), [] if whole else cuts(walk.steps)
     above, first = walk.zeros, 0  # >= ||dh/dw_g|| of the block's input
 
-    def reach(i, name, R):
+    def reach(i, name, _, build):
         norms = walk.zeros
 
         def visit(g, matrix):
             norms[g] = spectral(matrix)
 
-        rest = walk.back(R, name, i, first, visit)
+        rest = walk.back(build(), name, i, first, visit)
         if rest is not None and above.any():
             norms = norms + above * spectral(rest.flatten(1))
         return norms
@@ -261,7 +281,7 @@ def measured_tangents(walk: Walk, whole: bool) -> Tensor:
         functional(walk, reach, range(first, last + 1), B)
         if last in ends:
             name = walk.steps[last].output
-            above, first = reach(last + 1, name, units(walk.values[name])), last + 1
+            above, first = reach(last + 1, name, 1, lambda name=name: units(walk.values[name])), last + 1
     return B
 
 
@@ -293,9 +313,9 @@ def jets(walk: Walk) -> dict[str, Tensor]:
             out = a[0] / (math.sqrt(saved[0][1]) if node.kind == "mean" else 1)
         else:  # Embedding
             out = a[0]
-        for group, matrix in walk.on_weights(i, units(walk.values[step.output])).items():
+        for group, norm in walk.norms_on_weights(i).items():
             if group in walk.groups:
-                out = out + spectral(matrix) * (torch.arange(len(out), device=out.device) == walk.groups[group])
+                out = out + norm * (torch.arange(len(out), device=out.device) == walk.groups[group])
         found[step.output] = out
     return found
 
@@ -309,7 +329,7 @@ def small_matrix(losses: curvature.Losses, row: int, groups: list[str], rung: st
     whole, blocks = gauss_newton(walk)
     if rung == "adjoint":
         a, B = jets(walk), torch.zeros_like(blocks)
-        functional(walk, lambda i, name, R: spectral(R.flatten(1)) * a[name], range(len(walk.steps)), B)
+        functional(walk, lambda i, name, norm, _: norm * a[name], range(len(walk.steps)), B)
     else:
         B = measured_tangents(walk, rung == "tangents")
     top, other = torch.linalg.eigvalsh(torch.stack([B, blocks + B]))[:, -1]

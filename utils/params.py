@@ -171,12 +171,15 @@ class BoundComparison(Parameters):
 
     run: Name
     rungs: _says(
-        list[Literal["closed_form", "prior", "activations", "majorant"]],
-        "a list of different names out of closed_form, prior, activations, majorant",
+        list[Literal["closed_form", "prior", "activations", "adjoint", "blocks", "tangents", "majorant", "deflated"]],
+        "a list of different names out of closed_form, prior, activations, adjoint, blocks, tangents, majorant, "
+        "deflated",
         AfterValidator(_distinct),
         min_length=1,
     )
     n_bounds: Count
+    n_dense: Count
+    products: Count
     confidence: Fraction
     seed: Seed
 

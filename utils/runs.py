@@ -112,10 +112,11 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
     "bounds.csv": {
         "part": ("str", "training or held-out"),
         "index": ("int", "position of the sample in its part [1]"),
-        "rung": ("str", "closed_form, prior, activations (rigorous); majorant, certified (with stated confidence)"),
+        "rung": ("str", "a rung of utils.bounds (rigorous; the majorant with stated confidence), or certified"),
         "bound": ("float", "bound on the spectral norm of the sample's Hessian [nat per squared unit of weight]"),
         "measured": ("float", "rigorous lower end of the measured norm [as bound]"),
         "ratio": ("float", "bound / measured [1]"),
+        "products": ("float", "matrix operations of the rung for one sample [Hessian-vector products of one sample]"),
     },
     "convergence.csv": {
         "experiment": ("str", "one step, distance or ball"),
