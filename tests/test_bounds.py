@@ -995,6 +995,66 @@ def test_layer_norm_on_the_ball():
         assert float(ball["second"]) == pytest.approx(uniform, rel=1e-6)
 
 
+OWN = {"attention.query": ("X_query", "Q"), "attention.key": ("X", "K"), "attention.value": ("X", "V")}
+OWN |= {"attention.out": ("O", "out"), "mlp.fc1": ("X", "Z"), "mlp.fc2": ("G", "out")}
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("name", [*OWN, "head", "embed"])
+def test_radius_of_a_map_that_is_zero(name, norm):
+    """The whole radius in one map that is zero, along the top singular vector of what it reads: its node moves by
+    R ||[X 1]||, and the radius is that but for R^2 (for the keys ||X centred||, for the embedding the other groups)."""
+    model, (x, y), R = small_vit(2, norm=norm, pool="mean"), samples(2, 1), 1e-6
+    path, kind = (f"blocks.0.{name}", name.split(".")[0]) if name in OWN else (name, "")
+    module = model.get_submodule(path)
+    with torch.no_grad():
+        for p in module.parameters():
+            if name != "embed":
+                p.zero_()
+        at = reference_nodes(model, flat(model), x[0])
+        reads, node = OWN.get(
+            name, ({"head": "v", "embed": "patches"}.get(name), {"head": "f", "embed": "h0"}.get(name))
+        )
+        reads, node = (f"blocks.0.{kind}.{reads}", f"blocks.0.{kind}.{node}") if kind else (reads, node)
+        X = at[reads].reshape(-1, module.weight.shape[1])
+        X = torch.cat([X, torch.ones_like(X[:, :1])], 1)
+        X = X - X.mean(0) if name == "attention.key" else X
+        top = torch.linalg.svd(X).Vh[0]
+        radius = float(hessian_norm_bounds(model, x, y, radius=R).terms[f"radius.{node}"][0])
+        module.weight[0] += R * top[:-1]
+        module.bias[0] += R * top[-1]
+        moved_by = float((reference_nodes(model, flat(model), x[0])[node] - at[node]).norm())
+    assert moved_by == pytest.approx(R * norm2(X), rel=1e-6)
+    assert moved_by <= radius * SLACK
+    assert radius <= moved_by * (2 if name == "embed" else 1.01)
+
+
+@pytest.mark.parametrize("part", ["query.bias", "query.weight", "key.weight", "value.weight", "value.bias"])
+def test_attention_on_the_ball_leaves_saturation(part):
+    """Two tokens, rows nearly one-hot, large keys and values: a small move of the weights opens the rows, and every
+    norm of the node grows by orders of magnitude. Without the prior's help."""
+    model, radius, none = small_vit(0, d_model=2, n_heads=1), 0.3, torch.zeros(1).double()
+    att, X = model.blocks[0].attention, torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]]).double()
+    with torch.no_grad():
+        for p in att.parameters():
+            p.zero_()
+        att.query.bias[0] = 0.3
+        att.key.weight[0, 0] = att.value.weight[0, 0] = 20.0
+        ball, _, radii = bounds._attention_data(att, X, X, radius, none, none)
+        at, out, still = bounds._attention_data(att, X, X, 0.0, none, none)
+        assert all(float(r) == 0 for r in still.values())
+        grown = 0.0
+        for sign in np.linspace(-1, 1, 21):
+            twin = bounds.prepared_copy(att)
+            twin.get_parameter(part).view(-1)[0] += radius * sign
+            there, moved, _ = bounds._attention_data(twin, X, X, 0.0, none, none)
+            for name, value in there.items():
+                assert float(value) <= float(ball[name]) * SLACK, name
+            assert float((moved - out).norm()) <= float(radii["out"]) * SLACK
+            grown = max(grown, float(there["sigma_V"] / at["sigma_V"]))
+    assert grown > (10 if part == "query.bias" else 1 - 1e-9)
+
+
 @pytest.mark.parametrize("d_h, N, size", [(2, 4, 1.0), (3, 5, 3.0), (1, 3, 0.3), (2, 6, 8.0)])
 def test_mixing_as_covariance(d_h, N, size):
     """The partial derivatives of (Q, K, V) -> softmax(Q K^T / sqrt(d_h)) V against each bound and both kinds."""
