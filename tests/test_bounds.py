@@ -1167,7 +1167,7 @@ def test_measured_norms_are_those_of_the_samples(pool):
         hessian_norm_bounds(model, x, y, measured=found)
 
 
-@settings(SETTINGS, max_examples=4)
+@settings(SETTINGS, max_examples=2)
 @given(
     seed=st.integers(0, 10**6),
     scale=st.floats(0.2, 2.0),
