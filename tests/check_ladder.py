@@ -26,7 +26,8 @@ from utils import bounds, curvature, forms, models, params, runs
 from utils.data import Dataset
 
 STUDY = "digits_ladder"
-PRODUCTS = (64, 256)  # dimensions of the deflated rung's subspace
+# "prior measured": with constants of the whole part; the number behind "deflated": dimension of its subspace
+RUNGS = ("closed_form", "prior", "prior measured", *bounds.RUNGS[2:-1], "deflated 64", "deflated 256")
 
 
 def samples(rung: str, depth: int, width: int, most: int) -> int:
@@ -52,10 +53,11 @@ def of_run(folder: Path, run: str, most: int) -> list[dict]:
         losses = curvature.Losses(network, x, y, description["loss"])
         product, v = curvature.SampleHessians(losses, torch.arange(len(x))), torch.randn(len(x), losses.P).double()
         unit = curvature.operations(product, v)[1] / len(x)  # of one product of one sample
-        for name in (*[r for r in bounds.RUNGS if r != "deflated"], *[f"deflated {q}" for q in PRODUCTS]):
+        measured = bounds.measured_norms(network, dataset.x_train if part == "training" else dataset.x_test)
+        for name in RUNGS:
             n = samples(name, c.depth, c.d_model, most)
-            rung, *q = name.split()
-            options = {"products": int(q[0])} if q else {}
+            rung, *how = name.split()
+            options = {} if not how else {"measured": measured} if rung == "prior" else {"products": int(how[0])}
             if n == 0 or (rung == "closed_form" and c.norm != "pre"):
                 continue
             bound, cost = curvature.operations(
