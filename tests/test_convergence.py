@@ -4,26 +4,41 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
+from utils import training
 from utils.convergence import (
-    OneStepOnBall,
     bootstrap_mean,
+    difference_on_ball,
     distance_to_limit,
     expected_distance,
+    expected_rms,
     expected_steps,
+    first_crossing,
+    gaussian_probes,
     log_grid,
     log_log_slope,
     loss_steps,
     measure_distance,
+    measure_halves,
     measure_steps,
-    one_step_on_ball,
+    over_seeds,
+    plane_losses,
+    pooled_verdicts,
+    projected_descent,
     random_orders,
+    retrain,
     running_means,
+    smoothed,
+    spreads,
+    top_eigenspace,
+    verdict,
+    worst_in_ball,
 )
 from utils.curvature import Losses, dense_hessian, per_sample_hessian_norms
 from utils.models import build_model
@@ -143,6 +158,102 @@ def test_distance_by_enumeration(pool, target):
     assert expected_distance(losses, target)[-1] == pytest.approx(abs(losses.mean() - limit), abs=1e-12 * scale)
 
 
+@given(POOLS, st.integers(1, 4))
+def test_batches_by_enumeration(pool, batch):
+    """E(L_{k+b} - L_k)^2 = S^2 b/(k(k+b)) over all orders; b = n - k is the distance to the pool."""
+    losses, orders = np.array(pool), all_orders(len(pool))
+    batch = min(batch, len(pool) - 1)
+    steps, means = loss_steps(losses, orders, batch), running_means(losses, orders)
+    unit = np.ptp(losses) or 1.0
+    rounding = 1e-12 + 1e-14 * np.abs(losses).max() / unit
+    np.testing.assert_allclose(steps / unit, (means[:, batch:] - means[:, :-batch]) / unit, rtol=0, atol=9 * rounding)
+    np.testing.assert_allclose(
+        (steps**2).mean(0) / unit**2, (expected_rms(losses, batch) / unit) ** 2, rtol=1e-12, atol=rounding**2
+    )
+    k = len(pool) - batch
+    last = expected_distance(losses)[k - 1] / unit
+    assert expected_rms(losses, batch)[k - 1] / unit == pytest.approx(last, rel=1e-12, abs=rounding)
+
+
+@given(st.lists(st.lists(NUMBERS, min_size=5, max_size=5), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
+def test_averages_over_weights_by_enumeration(rows, seed):
+    """Losses at m weights: the mean square over them obeys the exact expressions, and the mean its bracket."""
+    losses, orders, k = np.array(rows), all_orders(5), np.array([1, 2, 3, 4])
+    unit = np.abs(losses).max() or 1.0
+    with np.errstate(all="ignore"):  # equal losses have no slope
+        steps = measure_steps(losses, orders, k[:3], seed)
+    rms = steps[steps["quantity"] == "rms"]
+    np.testing.assert_allclose(rms["value"] / unit, rms["theory_low"] / unit, rtol=1e-9, atol=1e-10)
+    mean = steps[steps["quantity"] == "mean"]
+    assert (mean["value"] >= mean["theory_low"] - 1e-10 * unit).all()
+    assert (mean["value"] <= mean["theory_high"] + 1e-10 * unit).all()
+    for target in (None, 0.5, np.arange(len(losses))):
+        with np.errstate(all="ignore"):
+            rms = measure_distance(losses, orders, k, target, seed).query("quantity == 'rms'")
+        scale = max(unit, 0.5 if target is None else np.max(target))
+        np.testing.assert_allclose(rms["value"] / scale, rms["theory_low"] / scale, rtol=1e-9, atol=1e-9)
+
+
+def test_halves_by_enumeration():
+    """Two means of k losses that share half: mean square S^2/k, whatever n; not the rate of a step."""
+    losses = np.random.default_rng(0).lognormal(size=6)
+    table = measure_halves(losses, all_orders(6), np.array([2, 4]))
+    rms = table[table["quantity"] == "rms"]
+    np.testing.assert_allclose(rms["value"], losses.std(ddof=1) / np.sqrt([2, 4]), rtol=1e-12)
+    np.testing.assert_allclose(rms["value"], rms["theory_low"], rtol=1e-12)
+    assert table.iloc[-1]["value"] == pytest.approx(-0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.99])
+def test_smoothing_of_a_pure_power(factor):
+    x = 1 / np.arange(2, 402)
+    expected = [x[0]]
+    for value in x[1:]:
+        expected.append(factor * expected[-1] + (1 - factor) * value)
+    s = smoothed(x, factor)
+    np.testing.assert_allclose(s, expected, rtol=1e-12)
+    assert (s >= x * (1 - 1e-12)).all()  # of a falling curve nothing is taken away
+    assert (s >= factor ** np.arange(400) * x[0] * (1 - 1e-12)).all()
+
+
+def test_verdict():
+    assert verdict(-1.1, -0.9, -1.0) == "agrees" and verdict(-0.9, -0.8, -1.0) == "differs"
+    assert verdict(0.0, 1.0, 0.9, 2.0) == "agrees" and verdict(0.0, 1.0, 1.1, 2.0) == "differs"
+    assert verdict(math.nan, math.nan, 0.0) == "differs"
+
+
+def test_over_seeds_counts_seeds_and_not_runs():
+    values = pd.Series([1.0, 3.0, 2.0, 2.0, 6.0, 6.0])
+    mean, low, high = over_seeds(values, pd.Series([0, 0, 1, 1, 2, 2]))  # means 2, 2, 6
+    assert mean == pytest.approx(10 / 3) and high - mean == pytest.approx(mean - low)
+    assert high - mean == pytest.approx(4.302653 * np.std([2, 2, 6], ddof=1) / math.sqrt(3), rel=1e-6)
+    assert all(math.isnan(v) for v in over_seeds(values, pd.Series([4] * 6))[1:])
+
+
+def test_pooled_verdicts():
+    def row(claim, seed, value, verdict, low=-1.2, high=-0.8, theory=-1.0):
+        numbers = {"value": value, "low": low, "high": high, "theory_low": theory, "theory_high": theory}
+        return {"claim": claim, "whose": "x", "seed": seed, "verdict": verdict, "control": ""} | numbers
+
+    slopes = [row("slope", 0, -1.0, "agrees"), row("slope", 1, -1.02, "differs"), row("slope", 2, -0.99, "agrees")]
+    off = [row("off", seed, -0.5 + 0.001 * seed, "agrees") for seed in range(3)]
+    rest = [row("bound", 0, 0, "holds"), row("bound", 1, 1, "violated"), row("alone", 0, 3.0, "agrees")]
+    published = [row("published", seed, -1.51, "differs", -1.56, -1.46, -2.0) for seed in range(3)]
+    table = pooled_verdicts(pd.DataFrame(slopes + off + rest + published)).set_index("claim")
+    assert table.loc["slope", "verdict"] == "agrees" and table.loc["slope", "runs"] == 3
+    assert table.loc["off", "verdict"] == "differs"  # the seeds agree with each other and not with theory
+    assert table.loc["bound", "verdict"] == "violated"
+    assert (table.loc["alone", "low"], table.loc["alone", "high"]) == (-1.2, -0.8)
+    assert table.loc["published", "verdict"] == "differs" and table.loc["published", "low"] == pytest.approx(-1.56)
+
+
+def test_first_crossing():
+    x = np.geomspace(1e-3, 1, 7)
+    assert first_crossing(x, 5 * x**2, 5e-4) == pytest.approx(1e-2, rel=1e-9)  # a power law is met exactly
+    assert first_crossing(x, x, 2.0) == math.inf and first_crossing(x, x, 1e-4) == x[0]
+    assert first_crossing([1, 10, 100], [0.0, 1.0, 0.0], 0.5) == pytest.approx(10, rel=0.01)
+
+
 def test_random_orders():
     orders = random_orders(30, 50, seed=4)
     assert orders.shape == (50, 30) and (np.sort(orders, axis=1) == np.arange(30)).all()
@@ -239,6 +350,122 @@ def test_measured_distance_beside_the_theory():
     assert slope.low <= 0.5 <= slope.high
 
 
+# --- neighbourhoods -------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """Quadratic in its weights under mse."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def linear_losses(n=12, seed=0):
+    torch.manual_seed(seed)
+    return Losses(Linear(), torch.randn(n, 3) * torch.rand(n, 1) * 3, torch.randint(0, 2, (n,)), "mse")
+
+
+def dense_parts(losses):
+    """Losses (n,), gradients (n, P) and Hessians (n, P, P), one sample at a time."""
+    h = [dense_hessian(losses.model, x[None], y[None], losses.loss) for x, y in zip(losses.x, losses.y)]
+    return losses.values(), losses.sample_gradients(), torch.stack(h)
+
+
+def variance(t):
+    """Sum over coordinates of the variance over samples, divisor n - 1."""
+    return t.reshape(len(t), -1).var(0).sum().item()
+
+
+@pytest.mark.parametrize("make", [lambda: vit_losses(7), linear_losses])
+def test_spreads_against_dense_hessians(make):
+    losses = make()
+    value, g, h = dense_parts(losses)
+    traces = h.diagonal(dim1=1, dim2=2).sum(1)
+    expected = {
+        "value": variance(value),
+        "gradient": variance(g),
+        "hessian": variance(h),
+        "trace": variance(traces),
+        "cross": torch.cov(torch.stack([value, traces]))[0, 1].item(),
+    }
+    whole = spreads(losses, basis=torch.eye(losses.P, dtype=torch.float64))  # a basis of everything: exact
+    basis = torch.linalg.qr(torch.randn(losses.P, 3, dtype=torch.float64)).Q.T
+    inside = basis @ h @ basis.T
+    along = spreads(losses, basis=basis)
+    assert along.hessian == pytest.approx(variance(inside), rel=1e-9) and along.error == 0
+    assert along.gradient == pytest.approx(variance(g @ basis.T), rel=1e-9)
+    assert along.trace == pytest.approx(variance(inside.diagonal(dim1=1, dim2=2).sum(1)), rel=1e-9)
+    several = [vars(spreads(losses, probes=40, seed=s)) for s in range(12)]
+    for name, exact in expected.items():
+        assert vars(whole)[name] == pytest.approx(exact, rel=1e-8), name
+        found = np.array([s[name] for s in several])
+        error = found.std(ddof=1) / math.sqrt(len(found))
+        assert abs(found.mean() - exact) <= 5 * error + 1e-9 * abs(exact), name  # unbiased, the square of traces too
+    assert 0.3 < np.mean([s["error"] for s in several]) / np.std([s["hessian"] for s in several], ddof=1) < 3
+    losses.chunk_size = 3
+    assert vars(spreads(losses, probes=40, seed=0)) == pytest.approx(several[0], rel=1e-9)
+    with pytest.raises(ValueError, match="at least 2"):
+        spreads(losses, probes=1)
+
+
+@pytest.mark.parametrize("sigma", [1e-2, 0.3, 3.0])
+def test_gaussian_closed_form_is_exact_for_quadratic_losses(sigma):
+    """Along two directions, by Gauss-Hermite quadrature, exact for polynomials of this degree."""
+    losses = linear_losses()
+    basis = torch.linalg.qr(torch.randn(losses.P, 2, dtype=torch.float64)).Q.T
+    nodes, weights = np.polynomial.hermite_e.hermegauss(6)
+    weights = weights / weights.sum()
+    exact = sum(
+        a * b * losses.values(losses.w + sigma * (s * basis[0] + t * basis[1])).var().item()
+        for s, a in zip(nodes, weights)
+        for t, b in zip(nodes, weights)
+    )
+    found = spreads(losses, basis=basis)
+    assert found.gaussian(sigma) == pytest.approx(exact, rel=1e-10)
+    missing = sigma**2 * found.gradient / exact  # the published form lacks this share
+    assert found.gaussian(sigma, gradient=False) == pytest.approx(exact * (1 - missing), rel=1e-9)
+    assert missing > 1e-4
+
+
+def test_gaussian_probes():
+    w = torch.arange(5.0, dtype=torch.float64)
+    z = (gaussian_probes(w, 0.1, 4000, seed=1) - w) / 0.1
+    assert z.shape == (4000, 5) and torch.equal(z, (gaussian_probes(w, 0.1, 4000, seed=1) - w) / 0.1)
+    assert z.mean(0).abs().max() < 5 / math.sqrt(4000) and (torch.cov(z.T) - torch.eye(5)).abs().max() < 0.1
+    basis = torch.linalg.qr(torch.randn(5, 2, dtype=torch.float64)).Q.T
+    d = gaussian_probes(w, 0.1, 50, seed=1, basis=basis) - w
+    torch.testing.assert_close(d @ basis.T @ basis, d)  # inside the span
+    assert 0.05 < (d @ basis.T).std().item() < 0.2
+
+
+def test_top_eigenspace_against_a_dense_hessian():
+    losses = vit_losses(9)
+    H = dense_hessian(losses.model, losses.x[:5], losses.y[:5])
+    theta = torch.linalg.eigvalsh(H)
+    theta = theta[theta.abs().argsort(descending=True)][:4].numpy()
+    found = top_eigenspace(losses, 4, torch.arange(5))
+    np.testing.assert_allclose(found.values, theta, rtol=1e-5)
+    assert (found.residuals <= 1e-5 * np.abs(found.values[0])).all()
+    torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(4, dtype=torch.float64))
+    products = found.vectors @ H - torch.as_tensor(found.values)[:, None] * found.vectors
+    np.testing.assert_allclose(products.norm(dim=1), found.residuals, atol=1e-9 * np.abs(found.values[0]))
+
+
+def test_plane_losses_have_rows_and_columns():
+    losses = vit_losses(4)
+    axes = torch.linalg.qr(torch.randn(losses.P, 2, dtype=torch.float64)).Q.T
+    at, values = plane_losses(losses, axes, 0.2, 5)
+    assert at.tolist() == pytest.approx([-0.2, -0.1, 0.0, 0.1, 0.2]) and values.shape == (5, 5, 4)
+    np.testing.assert_allclose(values[2, 2], losses.values().numpy(), rtol=1e-12)
+    expected = losses.values(losses.w + 0.1 * axes[0] - 0.2 * axes[1])
+    np.testing.assert_allclose(values[0, 3], expected.numpy(), rtol=1e-12)
+    assert not np.allclose(values[3, 0], values[0, 3])
+
+
 # --- the ball -------------------------------------------------------------------------------------------
 
 
@@ -252,12 +479,39 @@ def vit_and_norms():
     return losses, norms(losses)
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0]), st.sampled_from([1e-3, 1.0, 30.0]))
+def test_worst_in_ball(seed, linear, radius):
+    """Never outside the ball, never above the supremum; a linear f is solved, a quadratic one nearly."""
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    A = (1 - linear) * (A + A.T)
+    c, b, a = (torch.randn(m, generator=generator, dtype=torch.float64) for m in (4, 4, 1))
+    seen = []
+
+    def f(w):
+        seen.append((w - c).norm().item())
+        return (a + b @ (w - c) + (w - c) @ A @ (w - c) / 2).item(), b + A @ (w - c)
+
+    best, where = worst_in_ball(f, c, radius, [c, c + radius * torch.eye(4, dtype=torch.float64)[0]], 30)
+    assert max(seen) <= radius * (1 + 1e-12) and best == pytest.approx(abs(f(where)[0]), rel=1e-12)
+    supremum = abs(a.item()) + radius * b.norm().item() + radius**2 / 2 * torch.linalg.eigvalsh(A).abs().max().item()
+    assert best <= supremum * (1 + 1e-12)
+    u = torch.randn(2000, 4, generator=generator, dtype=torch.float64)
+    u = radius * u / u.norm(dim=1, keepdim=True)
+    sampled = (a + u @ b + (u @ A * u).sum(1) / 2).abs().max().item()
+    if linear:
+        assert best == pytest.approx(abs(a.item()) + radius * b.norm().item(), rel=1e-9)
+    else:
+        assert best >= 0.3 * sampled
+
+
 @pytest.mark.parametrize("k", [1, 10])
 def test_one_step_on_the_ball(k, vit_and_norms):
     (losses, each), order = vit_and_norms, np.random.default_rng(k).permutation(16)
     radii = [1e-6, 1e-3, 1e-2, 1.0]
-    found = one_step_on_ball(losses, each, order, k, radii, n_random=3)
+    basis = top_eigenspace(losses, 3).vectors
     first, new = torch.as_tensor(order[:k]), torch.as_tensor(order[k : k + 1])
+    found = difference_on_ball(losses, new, first, radii, n_random=3, basis=basis)
     values = losses.values()
     value = abs(float(values[order[k]] - values[first].mean()))
     gradient = float((losses.gradient(rows=new) - losses.gradient(rows=first)).norm())
@@ -265,55 +519,125 @@ def test_one_step_on_the_ball(k, vit_and_norms):
     difference = difference - dense_hessian(losses.model, losses.x[first], losses.y[first])
     bend = float(torch.linalg.eigvalsh(difference).abs().max())
     for r, terms in zip(radii, found, strict=True):
-        assert isinstance(terms, OneStepOnBall) and terms.k == k and terms.radius == r
+        assert terms.radius == r and set(terms.found) == {"gradient", "random", "eigenspace", "worst"}
+        assert terms.measured == terms.found["worst"]
         assert terms.value == pytest.approx(value, rel=1e-10)
         assert terms.gradient == pytest.approx(r * gradient, rel=1e-10)
         assert terms.curvature == pytest.approx(r * r / 2 * bend, rel=1e-3)
         assert terms.curvature <= r * r / 2 * bend * (1 + 1e-10)
         assert terms.second_form == terms.value + terms.gradient + terms.curvature
         assert terms.measured <= (terms.second_form + terms.remainder) * (1 + 1e-12)
-        published = value + r * r / 2 * (each[order[k]] + each[order[:k]].mean())
-        assert terms.published == pytest.approx(published, rel=1e-10)
-        assert terms.first_form == pytest.approx(published + r * gradient, rel=1e-10)
-        assert terms.second_form <= terms.first_form * (1 + 1e-3)  # |Hess e_k| <= |h| + mean |h_i|, norms by Lanczos
+        norms_here = each[order[k]] + each[order[:k]].mean()
+        published = value + r * r / 2 * norms_here
+        assert terms.first_form(norms_here, gradient=False) == pytest.approx(published, rel=1e-10)
+        assert terms.first_form(norms_here) == pytest.approx(published + r * gradient, rel=1e-10)
+        # |Hess e_k| <= |h| + mean |h_i|, norms by Lanczos
+        assert terms.second_form <= terms.first_form(norms_here) * (1 + 1e-3)
         # along the gradient the value and the gradient term are reached to first order
         assert terms.measured >= terms.value + terms.gradient - terms.curvature - terms.remainder - 1e-12
+        if r <= 1e-3:  # and there is nothing more
+            assert terms.found["worst"] <= (value + r * gradient + r * r / 2 * bend) * (1 + 1e-6)
     # as r goes to 0 only the value is left, and the remainder is of third order
     assert found[0].measured == pytest.approx(value + 1e-6 * gradient, abs=1e-10)
-    assert found[0].measured == pytest.approx(found[0].published, rel=1e-4)
     assert 0 < found[1].remainder <= 1.5e-3 * found[2].remainder
-    assert found[0].published < found[0].measured  # without the gradient term the published form is exceeded
-    again = one_step_on_ball(losses, each, order, k, radii, n_random=3)
+    assert value + 1e-12 / 2 * norms_here < found[0].measured  # without the gradient term the form is exceeded
+    assert found[-1].found["worst"] > max(v for name, v in found[-1].found.items() if name != "worst")
+    again = difference_on_ball(losses, new, first, radii, n_random=3, basis=basis)
     assert again == found
-    assert one_step_on_ball(losses, each, order, k, [1.0], n_random=3, seed=1) != found[-1:]
+    assert difference_on_ball(losses, new, first, [1.0], n_random=3, seed=1) != found[-1:]
 
 
 def test_quadratic_model_is_exact():
     """A linear model under mse is quadratic in its weights: no remainder at any radius."""
-
-    class Linear(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(5, 3)
-
-        def forward(self, x):
-            return self.head(x)
-
-    torch.manual_seed(0)
-    losses = Losses(Linear(), torch.randn(20, 5), torch.randint(0, 3, (20,)), "mse")
-    each, radii = norms(losses), [1e-3, 1.0, 30.0]
+    losses = linear_losses(20)
+    each, radii, order = norms(losses), [1e-3, 1.0, 30.0], np.arange(20)
     for k in (1, 10, 19):
-        for terms in one_step_on_ball(losses, each, np.arange(20), k, radii):
+        for terms in difference_on_ball(losses, order[k : k + 1], order[:k], radii):
             assert terms.remainder <= 1e-12 * (terms.measured + terms.second_form)
             assert terms.measured <= terms.second_form * (1 + 1e-12)
+            assert terms.measured <= terms.first_form(each[k] + each[:k].mean()) * (1 + 1e-4)
         # far out the curvature along the gradient dominates: the term is needed
         assert terms.measured > terms.value + terms.gradient
+
+
+@pytest.mark.parametrize("radius", [1e-2, 0.5, 5.0])
+def test_worst_case_bound_by_enumeration(radius):
+    """E sup over the ball of |L_k - L_n| <= B sqrt(1/k - 1/n) for quadratic losses, over all orders of 5."""
+    losses = linear_losses(5, seed=3)
+    B = spreads(losses, basis=torch.eye(losses.P, dtype=torch.float64)).ball(radius)
+    for k in (1, 2, 4):
+        subsets = list(itertools.combinations(range(5), k))  # the supremum does not depend on the order inside
+        found = []
+        for first in subsets:
+            rest = [i for i in range(5) if i not in first]
+            found.append((1 - k / 5) * difference_on_ball(losses, first, rest, [radius], steps=25)[0].measured)
+        ratio = np.mean(found) / (B * math.sqrt(1 / k - 1 / 5))
+        assert 0.3 < ratio <= 1
 
 
 def test_two_equal_samples_do_not_change_the_surface():
     """Gradient and curvature of e_k are exactly zero there: zeros come back, not nan."""
     losses = vit_losses(4)
     twins = Losses(losses.model, losses.x[:1].repeat(3, 1, 1, 1), losses.y[:1].repeat(3))
-    for terms in one_step_on_ball(twins, np.ones(3), np.arange(3), 1, [0.5]):
+    for terms in difference_on_ball(twins, [1], [0], [0.5]):
         assert (terms.measured, terms.value, terms.gradient) == (0.0, 0.0, 0.0)
-        assert terms.curvature <= 1e-12 and terms.remainder <= 1e-12 and terms.published == 0.25
+        assert terms.curvature <= 1e-12 and terms.remainder <= 1e-12
+        assert terms.first_form(2.0, gradient=False) == 0.25
+
+
+# --- retraining -----------------------------------------------------------------------------------------
+
+
+def fresh():
+    torch.manual_seed(5)
+    sizes = {"image_size": 4, "channels": 1, "patch_size": 2, "n_classes": 3, "depth": 1, "n_heads": 2}
+    return build_model("vit", **sizes, d_model=4, d_ff=4)
+
+
+def test_retraining_on_everything_is_the_limit():
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 1, 4, 4), torch.randint(0, 3, (30,))
+    options = {"l2": 0.1, "epochs": 3, "batch_size": 8, "polish_steps": 60, "seed": 2}
+    limit = fresh()
+    done = training.train(limit, x, y, **options)
+    table = retrain(fresh, x, y, [10, 30], limit, x[:5], y[:5], **options)
+    part, whole = table.iloc[0], table.iloc[1]
+    assert list(table.columns) == ["k", "excess", "held_out", "distance", "norm", "converged"]
+    assert whole["excess"] == 0 and whole["distance"] == 0 and bool(whole["converged"]) == done.converged
+    exact = torch.linalg.eigvalsh(dense_hessian(limit, x, y)).abs().max().item()
+    assert whole["norm"] == pytest.approx(exact, rel=1e-3)
+    assert whole["held_out"] == pytest.approx(Losses(limit, x[:5], y[:5]).values().mean().item(), rel=1e-12)
+    assert part["distance"] > 0 and part["excess"] > 0
+
+
+@pytest.mark.parametrize("radius", [0.05, 0.5, 50.0])
+def test_projected_descent_solves_least_squares_in_a_ball(radius):
+    losses = linear_losses(20)
+    centre, rows = losses.w, torch.arange(12)
+    w = projected_descent(losses, rows, centre, radius, 3000)
+    gradient = losses.gradient(w, rows)
+    d = w - centre
+    assert d.norm() <= radius * (1 + 1e-12)
+    if d.norm() < radius * (1 - 1e-9):  # inside: stationary
+        assert gradient.norm() < 1e-5
+    else:  # on the sphere: the negative gradient points outwards
+        torch.testing.assert_close(-gradient / gradient.norm(), d / d.norm(), atol=1e-4, rtol=0)
+    value = losses.values(w, rows).mean()
+    assert value <= losses.values(centre, rows).mean()
+    again = projected_descent(losses, rows, centre, radius, 50, start=w)
+    assert losses.values(again, rows).mean() <= value  # it never rises
+
+
+def test_excess_risk_over_a_ball():
+    """L_n(w_k) <= L_n(w_n) + |L_k - L_n|(w_k) + |L_k - L_n|(w_n) + gap, for whatever descent returned."""
+    losses = vit_losses(30)
+    everything, w_n = torch.arange(30), projected_descent(losses, torch.arange(30), losses.w, 0.5, 60)
+    for k in (5, 15, 25):
+        rows = torch.arange(k)
+        w = projected_descent(losses, rows, losses.w, 0.5, 60)
+        (L_w, L_n), (K_w, K_n) = ([losses.values(u, r).mean().item() for u in (w, w_n)] for r in (everything, rows))
+        gap = max(0.0, K_w - K_n)
+        assert L_w - L_n <= abs(K_w - L_w) + abs(K_n - L_n) + gap + 1e-12
+        sup = max(abs(K_w - L_w), abs(K_n - L_n))
+        found = difference_on_ball(losses, rows, torch.arange(k, 30), [0.5])[0].measured * (1 - k / 30)
+        assert L_w - L_n <= 2 * max(sup, found) + gap + 1e-12

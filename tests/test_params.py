@@ -1,12 +1,14 @@
 """Parameters: what is accepted, and the one sentence that a wrong one gets."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from utils import params
 
+ROOT = Path(__file__).resolve().parents[1]
 NORMS = {
     "run": "try",
     "n_per_sample": 5,
@@ -128,6 +130,15 @@ def test_the_parts_leave_something_to_train_on():
 
 # --- validate, as the notebooks call it ----------------------------------------------------------
 
+
+@pytest.mark.parametrize("sizes", [[], [2], [8, 16]])
+def test_retraining_may_be_left_out(sizes):
+    values = params.defaults(ROOT / "notebooks" / "05_surface_convergence.ipynb") | {"retrain_sizes": sizes}
+    assert params.check(params.SurfaceConvergence, values).retrain_sizes == sizes
+    for wrong in ([1], [8, 8], [16, 8], 4):
+        assert "retrain_sizes" in sentence(params.SurfaceConvergence, values | {"retrain_sizes": wrong})
+
+
 CELL = "\n".join(f"{name}: {type(value).__name__} = {value!r}  # help" for name, value in NORMS.items())
 
 
@@ -188,7 +199,7 @@ def notebooks(tmp_path):
     some = {"run": "quickstart", "study": "quickstart", "runs": ["quickstart"], "sizes": [1, 2], "radii": [0.1]}
     some |= {"tolerances": [0.1], "rungs": ["prior"], "norm": "pre", "activation": "gelu", "pool": "cls", "weights": ""}
     some |= {"loss": "mse", "model": "vit", "dataset": "digits", "data_root": "", "confidence": 0.9, "eps": 1e-5}
-    some |= {"calibration_fraction": 0.2, "test_fraction": 0.2, "n_pool": 4, "probes": 6}
+    some |= {"calibration_fraction": 0.2, "test_fraction": 0.2, "n_pool": 4, "probes": 6, "retrain_sizes": []}
     for stage, model in params.MODELS.items():
         lines = [f"{n}: {type(some.get(n, 2)).__name__} = {some.get(n, 2)!r}  # help" for n in model.model_fields]
         cell = {"cell_type": "code", "source": "\n".join(lines).splitlines(True), "metadata": {}}

@@ -92,16 +92,39 @@ def test_no_bound_lies_below_the_measured_norm(study):
 def test_one_step_changes_obey_the_exact_expectation_for_networks_and_for_random_numbers(study):
     convergence = table(study, "convergence.csv")
     rms = convergence.query("experiment == 'one step' and quantity == 'rms'")
-    assert set(rms["weights"]) == {"trained", "untrained network", "random numbers"}
+    assert set(rms["weights"]) == {"trained", "untrained network", "shuffled labels", "random numbers"}
     for _, group in rms.groupby("weights"):  # 30 orders: the mean square is within a factor of its expectation
         assert 0.5 < (group["value"] ** 2).sum() / (group["theory_low"] ** 2).sum() < 2
     slopes = convergence.query("quantity == 'slope' and experiment == 'one step'")
-    assert len(slopes) == 3 and slopes["value"].between(-1.4, -0.6).all()
-    ball = convergence.query("experiment == 'ball'").pivot_table(
-        index=["k", "radius"], columns="quantity", values="value", aggfunc="first"
-    )
-    total = ball[["value", "gradient", "curvature", "remainder"]].sum(axis=1)
-    assert (ball["measured"] <= total * (1 + 1e-9)).all()
+    assert len(slopes) == 4 and slopes["value"].between(-1.4, -0.6).all()
+    near = convergence.query("experiment == 'neighbourhood' and quantity == 'rms'")
+    assert set(near["weights"]) == {"uniform", "gaussian", "eigenspace"} and set(near["radius"]) == {1e-4, 1e-2}
+    for _, group in near.groupby(["weights", "radius"]):
+        assert 0.4 < (group["value"] ** 2).sum() / (group["theory_low"] ** 2).sum() < 2.5
+
+
+def test_balls_are_below_what_is_proved(study):
+    convergence = table(study, "convergence.csv")
+    for experiment in ("ball", "distance on ball"):
+        ball = convergence[convergence["experiment"] == experiment].pivot_table(
+            index=["k", "radius"], columns="quantity", values="value", aggfunc="first"
+        )
+        total = ball[["value", "gradient", "curvature", "remainder"]].sum(axis=1)
+        assert len(ball) == 4 and (ball["measured"] <= total * (1 + 1e-9)).all()
+        probes = ball[["found random", "found gradient", "found eigenspace"]].max(axis=1)
+        assert (ball["measured"] >= probes).all()
+    assert (convergence.query("experiment == 'ball' and quantity == 'proved'")["value"] > 1e3).all()
+
+
+def test_verdicts_have_controls_and_no_proved_bound_fails(study):
+    verdicts = table(study, "verdicts.csv")
+    assert verdicts["claim"].is_unique and len(verdicts) > 30
+    ours = verdicts[verdicts["whose"].str.match("thm:|cor:|prop:excess")]
+    assert len(ours) >= 10 and "violated" not in set(ours["verdict"])
+    published = verdicts[verdicts["whose"].str.contains("UH|CCG|CAP|P182")]
+    assert (published["control"] != "").all()
+    again = table(study, "convergence.csv").query("experiment == 'retraining' and quantity == 'excess'")
+    assert list(again["k"]) == [10, 20, 40] and (again["n"] == 2).all()
 
 
 def test_sample_sizes_fall_with_the_tolerance(study):

@@ -1,19 +1,29 @@
-"""How the empirical loss surface settles: one-step changes, distance to the limit, the ball, null controls.
+"""How the empirical loss surface settles: at fixed weights, over neighbourhoods and balls, and by retraining.
 
 L_k(w) is the mean of the first k of n per-sample losses in a random order, S their standard deviation
 (divisor n - 1), MAD their mean absolute deviation. At fixed weights L_{k+1} - L_k = (l_{k+1} - L_k)/(k+1)
 is an identity (prop:identity): its rate 1/k holds for every list of numbers and tests nothing.
+
+Losses come as (n,) at one weight or as (m, n) at m weights: then squares and absolute values are averaged over the
+weights, and every exact statement holds for that average too (thm:neighbourhood).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.signal import lfilter
+from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.stats import t as student
+from torch import Tensor, nn
 
-from utils.curvature import Losses, operator_norm
+from utils import training
+from utils.curvature import Losses, SampleHessians, hessian_norm, operator_norm
 
 
 def random_orders(n: int, n_orders: int, seed: int = 0) -> np.ndarray:
@@ -29,14 +39,17 @@ def running_means(losses, orders=None) -> np.ndarray:
     return np.cumsum(ordered, axis=1) / np.arange(1, ordered.shape[1] + 1)
 
 
-def loss_steps(losses, orders=None) -> np.ndarray:
-    """L_{k+1} - L_k, k = 1 .. n-1, as (n_orders, n-1), from the losses (n,) in each order (default: as given).
+def loss_steps(losses, orders=None, batch: int = 1) -> np.ndarray:
+    """L_{k+b} - L_k, k = 1 .. n-b, as (n_orders, n-b), from the losses (n,) in each order (default: as given).
 
-    Computed as (l_{k+1} - L_k)/(k+1): the difference of two running means cancels. Source: (prop:identity).
+    Computed as b/(k+b) times (the mean of the next b losses - L_k): the difference of two running means cancels.
+    Source: (prop:identity), (eq:rate-batch).
     """
     losses = np.asarray(losses, dtype=np.float64)
     ordered = losses[np.arange(len(losses))[None] if orders is None else orders]
-    return (ordered[:, 1:] - running_means(losses, orders)[:, :-1]) / np.arange(2, ordered.shape[1] + 1)
+    coming = np.lib.stride_tricks.sliding_window_view(ordered[:, 1:], batch, axis=1).mean(-1)
+    k = np.arange(1, ordered.shape[1] - batch + 1)
+    return (coming - running_means(losses, orders)[:, : len(k)]) * (batch / (k + batch))
 
 
 def distance_to_limit(losses, orders=None) -> np.ndarray:
@@ -59,32 +72,55 @@ class ExpectedSteps:
     mean_high: np.ndarray
 
 
+def _pool(losses) -> np.ndarray:  # (n,) or (m, n) -> (m, n)
+    losses = np.atleast_2d(np.asarray(losses, dtype=np.float64))
+    if losses.shape[1] < 3:
+        raise ValueError(f"There are {losses.shape[1]} losses: at least 3 are needed for a rate.")
+    return losses
+
+
+def expected_rms(losses, batch: int = 1) -> np.ndarray:
+    """Root mean square over random orders of L_{k+b} - L_k, k = 1 .. n-b: S sqrt(b/(k(k+b))), exact.
+
+    Source: (eq:rate-batch); for losses (m, n) at m weights S^2 is their mean (thm:neighbourhood).
+    """
+    losses = _pool(losses)
+    k = np.arange(1, losses.shape[1] - batch + 1)
+    return np.sqrt(losses.var(1, ddof=1).mean() * batch / (k * (k + float(batch))))
+
+
 def expected_steps(losses) -> ExpectedSteps:
     """E(L_{k+1}-L_k)^2 = S^2/(k(k+1)) and the bracket of E|L_{k+1}-L_k|, for a uniform order of a pool of n losses.
 
     Source: Proposition (prop:rate). Any pool, random numbers included.
     """
-    losses = np.asarray(losses, dtype=np.float64)
-    n = len(losses)
-    if n < 3:
-        raise ValueError(f"There are {n} losses: at least 3 are needed for a rate.")
-    k = np.arange(1, n)
-    S, mad = losses.std(ddof=1), n / (n - 1) * np.abs(losses - losses.mean()).mean()
-    return ExpectedSteps(
-        k, S / np.sqrt(k * (k + 1.0)), mad / (k + 1.0), (mad + S * np.sqrt(1 / k - 1 / (n - 1))) / (k + 1.0)
-    )
+    losses = _pool(losses)
+    n = losses.shape[1]
+    k, S = np.arange(1, n), losses.std(1, ddof=1).mean()
+    mad = n / (n - 1) * np.abs(losses - losses.mean(1, keepdims=True)).mean()
+    high = (mad + S * np.sqrt(1 / k - 1 / (n - 1))) / (k + 1.0)
+    return ExpectedSteps(k, expected_rms(losses), mad / (k + 1.0), high)
 
 
-def expected_distance(losses, target: float | None = None) -> np.ndarray:
+def expected_distance(losses, target=None) -> np.ndarray:
     """Root mean square over random orders of L_k - target, k = 1 .. n; the target is L_n unless another is given.
 
     sqrt(S^2 (1/k - 1/n) + (L_n - target)^2), exact for a target that does not depend on the order: no
-    k removes the second term. Source: (prop:two-questions).
+    k removes the second term. A target is a number, or (m,) for m weights. Source: (prop:two-questions).
     """
-    losses = np.asarray(losses, dtype=np.float64)
-    n = len(losses)
-    gap = 0.0 if target is None else losses.mean() - target
-    return np.sqrt(losses.var(ddof=1) * (1 / np.arange(1, n + 1) - 1 / n) + gap**2)
+    losses = np.atleast_2d(np.asarray(losses, dtype=np.float64))
+    n = losses.shape[1]
+    gap = 0.0 if target is None else ((losses.mean(1) - target) ** 2).mean()
+    return np.sqrt(losses.var(1, ddof=1).mean() * (1 / np.arange(1, n + 1) - 1 / n) + gap)
+
+
+def smoothed(values, factor: float) -> np.ndarray:
+    """s_1 = x_1, s_k = factor s_{k-1} + (1 - factor) x_k: the exponential smoothing of published curves.
+
+    Of a falling curve it keeps factor^{k-1} x_1, long after x_k is smaller than that. Source: (rem:smoothing).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    return lfilter([1 - factor], [1, -factor], values, zi=[factor * values[0]])[0]
 
 
 def log_grid(low: int, high: int, points: int) -> np.ndarray:
@@ -118,112 +154,397 @@ def log_log_slope(k: np.ndarray, rows: np.ndarray, seed: int = 0, draws: int = 4
 COLUMNS = ["k", "quantity", "value", "low", "high", "theory_low", "theory_high"]
 
 
-def measure_steps(losses, orders: np.ndarray, k: np.ndarray, seed: int = 0) -> pd.DataFrame:
-    """|L_{k+1} - L_k| over the orders at each k: its mean, its rms, and (k = 0) the log-log slope of the rms.
+def measure_steps(losses, orders: np.ndarray, k: np.ndarray, seed: int = 0, batch: int = 1) -> pd.DataFrame:
+    """|L_{k+b} - L_k| over the orders at each k: its mean, its rms, and (k = 0) the log-log slope of the rms.
 
     Every value with its 95 % bootstrap interval over orders and, in theory_low and theory_high, what
     (prop:rate) says: the bracket of the mean, the exact rms, the slope of the exact rms on the same k.
+    A batch b > 1 has no bracket and so no mean.
     """
-    squares, exact = loss_steps(losses, orders)[:, k - 1] ** 2, expected_steps(losses)
-    mean, square = bootstrap_mean(np.sqrt(squares), seed), bootstrap_mean(squares, seed)
-    rms = exact.rms[k - 1]
-    rows = [(at, "mean", *values) for at, *values in zip(k, *mean, exact.mean_low[k - 1], exact.mean_high[k - 1])]
-    rows += [(at, "rms", *values) for at, *values in zip(k, *map(np.sqrt, square), rms, rms)]
-    theory = log_log_slope(k, rms[None] ** 2, seed, root=True)[0]
+    losses = _pool(losses)
+    steps = [loss_steps(row, orders, batch)[:, k - 1] for row in losses]
+    squares = np.mean([s**2 for s in steps], axis=0)
+    exact = expected_rms(losses, batch)[k - 1]
+    rows = []
+    if batch == 1:
+        bracket, mean = expected_steps(losses), bootstrap_mean(np.mean(np.abs(steps), axis=0), seed)
+        ends = bracket.mean_low[k - 1], bracket.mean_high[k - 1]
+        rows += [(at, "mean", *values) for at, *values in zip(k, *mean, *ends)]
+    square = bootstrap_mean(squares, seed)
+    rows += [(at, "rms", *values) for at, *values in zip(k, *map(np.sqrt, square), exact, exact)]
+    theory = log_log_slope(k, exact[None] ** 2, seed, root=True)[0]
     rows.append((0, "slope", *log_log_slope(k, squares, seed, root=True), theory, theory))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def measure_distance(losses, orders: np.ndarray, k: np.ndarray, target: float | None = None, seed: int = 0):
+def measure_distance(losses, orders: np.ndarray, k: np.ndarray, target=None, seed: int = 0) -> pd.DataFrame:
     """Rms over the orders of L_k - target at each k < n, beside `expected_distance`; without a target (L_n) also
     the slope (k = 0) against 1/k - 1/n, 1/2 in theory. Columns and intervals as in `measure_steps`."""
-    losses = np.asarray(losses, dtype=np.float64)
-    aim = losses.mean() if target is None else target
-    squares = (running_means(losses, orders)[:, k - 1] - aim) ** 2
+    losses = _pool(losses)
+    aims = np.broadcast_to(losses.mean(1) if target is None else target, len(losses))
+    squares = np.mean(
+        [(running_means(row, orders)[:, k - 1] - aim) ** 2 for row, aim in zip(losses, aims, strict=True)], axis=0
+    )
     exact = expected_distance(losses, target)[k - 1]
-    values = zip(k, *map(np.sqrt, bootstrap_mean(squares, seed)), exact, exact)
-    rows = [(at, "rms", *row) for at, *row in values]
+    rows = [(at, "rms", *values) for at, *values in zip(k, *map(np.sqrt, bootstrap_mean(squares, seed)), exact, exact)]
     if target is None:
-        rows.append((0, "slope", *log_log_slope(1 / k - 1 / len(losses), squares, seed, root=True), 0.5, 0.5))
+        rows.append((0, "slope", *log_log_slope(1 / k - 1 / losses.shape[1], squares, seed, root=True), 0.5, 0.5))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-@dataclass(frozen=True)
-class OneStepOnBall:
-    """|L_{k+1}(w) - L_k(w)| at one distance r = |w - w0| from w0, beside theorem 9's terms, all times k + 1.
+def measure_halves(losses, orders: np.ndarray, k: np.ndarray, seed: int = 0) -> pd.DataFrame:
+    """Rms of the difference of two means of k losses that share k/2 of them (k even, 3k/2 <= n), in place of
+    L_{k+1} - L_k: S/sqrt(k), exact. The step's rate is that of one sample, this one's that of a subsample.
+    Source: (rem:subsamples). Columns and intervals as in `measure_steps`.
+    """
+    losses, half = _pool(losses), np.asarray(k) // 2
+    squares = 0.0
+    for row in losses:
+        total = np.pad(np.cumsum(row[orders], axis=1), ((0, 0), (1, 0)))
+        own, other = total[:, half], total[:, 3 * half] - total[:, 2 * half]
+        squares = squares + ((own - other) / (2 * half)) ** 2 / len(losses)
+    exact = np.sqrt(losses.var(1, ddof=1).mean() / (2 * half))
+    square = bootstrap_mean(squares, seed)
+    rows = [(at, "rms", *values) for at, *values in zip(2 * half, *map(np.sqrt, square), exact, exact)]
+    rows.append((0, "slope", *log_log_slope(2 * half, squares, seed, root=True), -0.5, -0.5))
+    return pd.DataFrame(rows, columns=COLUMNS)
 
-    measured       largest |e_k(w)| over the probed directions, e_k = l_{k+1} - L_k
-    value          |e_k(w0)|
-    gradient       r |grad e_k(w0)|
-    curvature      (r^2/2) ||Hess e_k(w0)||, by Lanczos (a lower estimate, residual below 1e-3 of it)
-    remainder      largest |e_k(w) - its quadratic Taylor polynomial| over the probes
-    published      value + (r^2/2)(||h_{k+1}|| + mean ||h_i||) with the norms at w0: no gradient term
+
+def verdict(low: float, high: float, theory_low: float, theory_high: float | None = None) -> str:
+    """Whether the measured interval meets the value, or the interval, of theory: "agrees" or "differs"."""
+    return "agrees" if low <= (theory_low if theory_high is None else theory_high) and theory_low <= high else "differs"
+
+
+def over_seeds(values: pd.Series, seeds: pd.Series) -> tuple[float, float, float]:
+    """Mean over seeds with its 95 % t interval; runs that share a seed share their random orders and count as one."""
+    means = values.groupby(seeds.to_numpy()).mean()
+    if len(means) < 2:
+        return means.mean(), math.nan, math.nan
+    width = student.ppf(0.975, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
+    return means.mean(), means.mean() - width, means.mean() + width
+
+
+def pooled_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts of many runs (the rows of verdicts.csv with a column `seed`) as one row a claim.
+
+    A claim of one seed keeps its mean interval. Over several seeds the interval is `over_seeds`, at least as wide as
+    the allowance of a published number, and the verdict is taken anew where there is a value of theory; a bound
+    violated in one run is violated, and any other verdict is the list of those given. `runs` counts.
+    """
+    pooled = []
+    for text, t in table.groupby("claim", sort=False):
+        value, low, high = over_seeds(t["value"], t["seed"])
+        if math.isnan(low) or low == high:
+            low, high = t["low"].mean(), t["high"].mean()
+        theory, given = (t["theory_low"].mean(), t["theory_high"].mean()), list(dict.fromkeys(t["verdict"]))
+        word = ", ".join(given)
+        if set(given) <= {"agrees", "differs"}:
+            word = verdict(low, high, *theory)
+        elif "violated" in given:
+            word = "violated"
+        entry = {"claim": text, "whose": t["whose"].iloc[0], "value": value, "low": low, "high": high}
+        pooled.append(entry | {"theory_low": theory[0], "theory_high": theory[1], "verdict": word, "runs": len(t)})
+    return pd.DataFrame(pooled)
+
+
+def first_crossing(x, y, level: float) -> float:
+    """The x at which y (both (m,), x increasing) first exceeds `level`, interpolated in log x and log y; x[0] if it
+    does so at once, inf if never."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    above = np.flatnonzero(y > level)
+    if len(above) == 0 or above[0] == 0:
+        return math.inf if len(above) == 0 else float(x[0])
+    ends = slice(above[0] - 1, above[0] + 1)
+    return float(np.exp(np.interp(np.log(level), np.log(np.maximum(y[ends], 1e-300)), np.log(x[ends]))))
+
+
+# --- neighbourhoods: Gaussian, in all coordinates or in an eigenspace -------------------------------------
+
+
+@dataclass(frozen=True)
+class Eigenspace:
+    """The D eigenvalues (D,) of largest magnitude, descending, with unit vectors (D, P) and |H v - theta v| (D,)."""
+
+    values: np.ndarray
+    vectors: Tensor
+    residuals: np.ndarray
+
+
+def top_eigenspace(losses: Losses, D: int, rows: Tensor | None = None, seed: int = 0) -> Eigenspace:
+    """Of the Hessian of the mean loss over `rows`, by implicitly restarted Lanczos (ARPACK). D < P."""
+    product = losses.hessian(rows=rows)
+
+    def apply(v: np.ndarray) -> np.ndarray:
+        return product(torch.as_tensor(v.ravel().copy()).to(losses.w)).double().cpu().numpy()
+
+    start = np.random.default_rng([seed, 17]).normal(size=losses.P)
+    operator = LinearOperator((losses.P, losses.P), matvec=apply, dtype=np.float64)
+    theta, v = eigsh(operator, k=D, which="LM", v0=start, tol=1e-6)
+    order = np.argsort(-np.abs(theta))
+    theta, v = theta[order], v[:, order]
+    residuals = [np.linalg.norm(apply(u) - t * u) for t, u in zip(theta, v.T, strict=True)]
+    return Eigenspace(theta, torch.as_tensor(np.ascontiguousarray(v.T)).to(losses.w), np.array(residuals))
+
+
+def gaussian_probes(w: Tensor, sigma: float, n_probes: int, seed: int = 0, basis: Tensor | None = None) -> Tensor:
+    """Weights (n_probes, P) from N(w, sigma^2 I), or from N(w, sigma^2 U^T U) for a basis U (D, P)."""
+    generator = torch.Generator().manual_seed(0x6A55 + seed)
+    size = len(w) if basis is None else len(basis)
+    z = sigma * torch.randn(n_probes, size, generator=generator, dtype=torch.float64).to(w)
+    return w + (z if basis is None else z @ basis)
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """How samples differ at w0 up to second order (divisor n - 1), in all P coordinates or along a basis.
+
+    value     S^2 of the losses; gradient tr Sigma_g; hessian tr Sigma_H
+    trace     variance of the traces tr h_i; cross their covariance with the losses
+    error     standard error over the probes of hessian, 0 along a basis (exact)
     """
 
-    k: int
+    value: float
+    gradient: float
+    hessian: float
+    trace: float
+    cross: float
+    error: float
+
+    def gaussian(self, sigma: float, gradient: bool = True) -> float:
+        """S_mu^2 for mu = N(w0, sigma^2 I), exact for losses that are quadratic in w: (prop:gaussian).
+
+        Var(l + sigma^2/2 tr h) + sigma^2 tr Sigma_g + sigma^4/2 tr Sigma_H; the published form has no gradient term.
+        """
+        flat = self.value + sigma**2 * self.cross + sigma**4 / 4 * self.trace + sigma**4 / 2 * self.hessian
+        return flat + (sigma**2 * self.gradient if gradient else 0.0)
+
+    def ball(self, R: float) -> float:
+        """B = S + R sqrt(tr Sigma_g) + (R^2/2) sqrt(tr Sigma_H) of (eq:ball-spread)."""
+        return math.sqrt(self.value) + R * math.sqrt(self.gradient) + R * R / 2 * math.sqrt(self.hessian)
+
+
+def spreads(losses: Losses, probes: int = 16, basis: Tensor | None = None, seed: int = 0) -> Spreads:
+    """`Spreads` of the samples of `losses`: by random signs v (Hutchinson), or exact along an orthonormal basis (D, P).
+
+    tr Sigma_H is the mean over v of the spread of h_i v; products of the variance of traces come from different v, so
+    that every estimate but its square roots is unbiased. Cost: one product a sample and probe, or a sample and D.
+    Raises ValueError for fewer than 2 probes.
+    """
+    if basis is None and probes < 2:
+        raise ValueError(f"There are {probes} probes: give at least 2, one alone has no error.")
+    n, w = losses.n, losses.w
+    generator = torch.Generator().manual_seed(0x5163 + seed)
+    signs = torch.randint(0, 2, (probes, losses.P), generator=generator) * 2 - 1
+    V = signs.to(w) if basis is None else basis
+    forms, squares = w.new_zeros(len(V), n), w.new_zeros(len(V))  # v^T h_i v; sums of |h_i v|^2, of (U h_i v)^2
+    sums = w.new_zeros(len(V), losses.P)
+    gradient_square, gradient_sum = 0.0, torch.zeros_like(w if basis is None else w[: len(V)])
+    for rows in torch.arange(n, device=w.device).split(losses.chunk(5)):
+        products = SampleHessians(losses, rows)
+        g = products.gradients() if basis is None else products.gradients() @ basis.T
+        gradient_square, gradient_sum = gradient_square + g.square().sum(), gradient_sum + g.sum(0)
+        for j, v in enumerate(V):
+            hv = products(v.expand(len(rows), -1))
+            forms[j, rows] = hv @ v
+            sums[j] += hv.sum(0)
+            squares[j] += (hv if basis is None else hv @ basis.T).square().sum()
+    if basis is not None:
+        sums = sums @ basis.T
+    each = ((squares - sums.square().sum(1) / n) / (n - 1)).double().cpu()  # one a probe, or a column of U h U^T
+    values, forms = losses.values().double(), forms.double()
+    centred, parts = values - values.mean(), forms - forms.mean(1, keepdim=True)
+    if basis is None:
+        of_pairs = parts.sum(0).square().sum() - parts.square().sum()  # v and v' different: no variance of their own
+        trace, whole = of_pairs / (len(V) * (len(V) - 1)), parts.mean(0)
+    else:
+        whole = parts.sum(0)
+        trace = whole.square().sum()
+    spread = (gradient_square - gradient_sum.square().sum() / n) / (n - 1)
+    return Spreads(
+        value=(centred.square().sum() / (n - 1)).item(),
+        gradient=spread.item(),
+        hessian=(each.mean() if basis is None else each.sum()).item(),
+        trace=trace.item() / (n - 1),
+        cross=(centred @ whole).item() / (n - 1),
+        error=each.std().item() / math.sqrt(len(V)) if basis is None else 0.0,
+    )
+
+
+def plane_losses(losses: Losses, axes: Tensor, extent: float, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (points,) from -extent to extent, and the losses (points, points, n) at w0 + s axes[0] + t axes[1].
+
+    The first index is t, the second s, as a picture has rows and columns. Axes (2, P) of unit length.
+    """
+    at = np.linspace(-extent, extent, points)
+    grid = [[losses.values(losses.w + s * axes[0] + t * axes[1]).double().cpu().numpy() for s in at] for t in at]
+    return at, np.array(grid)
+
+
+# --- the worst case over a ball ---------------------------------------------------------------------------
+
+
+def worst_in_ball(value_and_gradient: Callable, centre: Tensor, radius: float, starts, steps: int):
+    """Largest |f| that projected gradient ascent finds in the ball, and where: a lower estimate of the supremum.
+
+    From every start f is followed up where it is positive and down where it is negative, in steps of length
+    2 radius 0.7^t along the gradient, back onto the ball: the first step solves a linear f.
+    """
+    best, where = -1.0, centre
+    for w in starts:
+        sign = None
+        for t in range(steps + 1):
+            value, gradient = value_and_gradient(w)
+            if abs(value) > best:
+                best, where = abs(value), w
+            sign = math.copysign(1.0, value) if sign is None else sign
+            length = gradient.norm()
+            if t == steps or length == 0:
+                break
+            w = _projected(w + sign * 2 * radius * 0.7**t * gradient / length, centre, radius)
+    return best, where
+
+
+def _projected(w: Tensor, centre: Tensor, radius: float) -> Tensor:
+    distance = (w - centre).norm().item()
+    return w if distance <= radius else centre + (w - centre) * (radius / distance)
+
+
+@dataclass(frozen=True)
+class OnBall:
+    """f = (mean loss of some samples) - (mean loss of others) over |w - w0| <= radius, beside its Taylor terms at w0.
+
+    found      largest |f| by kind of probe: "random", "gradient" (both directions), "eigenspace", "worst" (ascent)
+    value      |f(w0)|
+    gradient   r |grad f(w0)|
+    curvature  (r^2/2) ||Hess f(w0)||, by Lanczos (a lower estimate, residual below 1e-3 of it)
+    remainder  largest |f(w) - its quadratic Taylor polynomial| over the probes
+    """
+
     radius: float
-    measured: float
+    found: dict[str, float]
     value: float
     gradient: float
     curvature: float
     remainder: float
-    published: float
 
     @property
-    def first_form(self) -> float:
-        """(eq:one-step-ball-a) with the norms at w0 in place of their suprema over the ball."""
-        return self.published + self.gradient
+    def measured(self) -> float:
+        """The largest |f| found: a lower estimate of the supremum."""
+        return max(self.found.values())
 
     @property
     def second_form(self) -> float:
-        """(eq:one-step-ball-b) without its third-order remainder."""
+        """Value, gradient and curvature: (eq:one-step-ball-b) times k + 1, without its third-order remainder."""
         return self.value + self.gradient + self.curvature
 
+    def first_form(self, curvature: float, gradient: bool = True) -> float:
+        """(eq:one-step-ball-a) times k + 1; `curvature` is the sum of the two Hessian norms in it.
 
-def one_step_on_ball(
-    losses: Losses, norms: np.ndarray, order: np.ndarray, k: int, radii, *, n_random: int = 2, seed: int = 0
-) -> list[OneStepOnBall]:
-    """The change of the surface by sample order[k] after the first k, at distance r along ± grad e_k and at random.
+        A bound if they are suprema over the ball; the published inequality is the one without the gradient term.
+        """
+        return self.value + (self.gradient if gradient else 0.0) + self.radius**2 / 2 * curvature
 
-    losses   the samples as functions of the weights; norms (n,) their Hessians' spectral norms at w0.
-    radii    Euclidean distances. Cost: 2 + n_random forward passes over k + 1 samples a radius, one Lanczos run.
-    Source: Theorem (thm:one-step-ball); the published form assumes a common minimum (rem:common-minimum).
+
+def difference_on_ball(
+    losses: Losses, plus, minus, radii, *, basis: Tensor | None = None, n_random=2, steps=8, restarts=2, seed=0
+) -> list[OnBall]:
+    """f = mean over the samples `plus` - mean over `minus`, on balls of the given Euclidean radii around the weights.
+
+    One step: plus = the new sample, minus = the first k, and L_{k+1} - L_k = f/(k+1). Distance to the limit: plus =
+    the first k, minus = the rest, and L_k - L_n = (1 - k/n) f. Probes at each radius: both directions of grad f,
+    `n_random` at random, `n_random` in the span of `basis` (D, P), then ascent from the `restarts` best of them.
+    Source: Theorems (thm:one-step-ball), (thm:surface-ball).
     """
-    first, new = torch.as_tensor(order[:k]), torch.as_tensor(order[k : k + 1])
+    plus, minus = torch.as_tensor(plus), torch.as_tensor(minus)
+    of_plus, of_minus = losses.hessian(rows=plus), losses.hessian(rows=minus)
 
-    def e(w):  # e_k at the flat weights w
-        return (losses.values(w, new)[0] - losses.values(w, first).mean()).item()
+    def f(w):
+        return (losses.values(w, plus).mean() - losses.values(w, minus).mean()).item()
 
-    of_new, of_first = losses.hessian(rows=new), losses.hessian(rows=first)
+    def value_and_gradient(w):
+        (a, g), (b, h) = losses.value_and_gradient(w, plus), losses.value_and_gradient(w, minus)
+        return (a - b).item(), g - h
 
-    def bend(v):  # Hess e_k v
-        return of_new(v) - of_first(v)
+    def bend(v):
+        return of_plus(v) - of_minus(v)
 
-    w0, gradient = losses.w, losses.gradient(rows=new) - losses.gradient(rows=first)
-    generator = torch.Generator().manual_seed(100_003 * seed + k)
-    noise = torch.randn(n_random + 1, losses.P, generator=generator, dtype=w0.dtype).to(w0.device)
+    w0, gradient = losses.w, value_and_gradient(losses.w)[1]
+    generator = torch.Generator().manual_seed(100_003 * seed + len(plus) + 1009 * len(minus))
+    noise = torch.randn(n_random + 1, losses.P, generator=generator, dtype=torch.float64).to(w0)
     curvature = operator_norm(bend, noise[0], tolerance=1e-3, max_steps=60).value
     along = gradient / gradient.norm().clamp_min(torch.finfo(w0.dtype).tiny)  # equal samples: no direction, not nan
-    directions = [along, -along, *(u / u.norm() for u in noise[1:])]
-    slopes, bends = [(gradient @ u).item() for u in directions], [(u @ bend(u)).item() for u in directions]
-    curvature = max(curvature, *map(abs, bends))  # both are lower estimates of the norm
-    e0, mean_norm = e(w0), float(norms[order[k]] + norms[order[:k]].mean())
-    found = []
+    directions = [("gradient", along), ("gradient", -along), *(("random", u / u.norm()) for u in noise[1:])]
+    if basis is not None:
+        mixed = torch.randn(n_random, len(basis), generator=generator, dtype=torch.float64).to(w0) @ basis
+        directions += [("eigenspace", u / u.norm()) for u in mixed]
+    taylor = [(u, (gradient @ u).item(), (u @ bend(u)).item()) for _, u in directions]
+    curvature = max(curvature, *(abs(b) for *_, b in taylor))  # both are lower estimates of the norm
+    f0, out = f(w0), []
     for r in map(float, radii):
-        values = [e(w0 + r * u) for u in directions]
-        remainder = max(
-            abs(value - (e0 + r * s + r * r / 2 * b)) for value, s, b in zip(values, slopes, bends, strict=True)
+        values = [f(w0 + r * u) for u, *_ in taylor]
+        rest = [abs(v - (f0 + r * s + r * r / 2 * b)) for v, (_, s, b) in zip(values, taylor, strict=True)]
+        best = np.argsort([-abs(v) for v in values], kind="stable")[:restarts]
+        worst, w = worst_in_ball(value_and_gradient, w0, r, [w0 + r * taylor[i][0] for i in best], steps)
+        d = w - w0
+        s, b = (gradient @ d).item(), (d @ bend(d)).item()
+        curvature = max(curvature, abs(b) / r**2)
+        rest.append(abs(f(w) - (f0 + s + b / 2)))
+        found: dict[str, float] = {}
+        for (kind, _), v in zip(directions, values, strict=True):
+            found[kind] = max(found.get(kind, 0.0), abs(v))
+        found["worst"] = max(worst, *found.values(), abs(f0))  # the centre belongs to the ball
+        out.append(OnBall(r, found, abs(f0), r * gradient.norm().item(), r * r / 2 * curvature, max(rest)))
+    return out
+
+
+# --- retraining -------------------------------------------------------------------------------------------
+
+
+def retrain(
+    fresh: Callable[[], nn.Module], x, y, sizes, limit: nn.Module, x_test, y_test, loss="cross_entropy", **options
+) -> pd.DataFrame:
+    """Train anew on the first k of the n samples, for each k of `sizes`, by the same rule; one row a k.
+
+    `fresh` returns the initial network, the same one at every call; `limit` is the one trained on all n; `options` go
+    to `training.train`. Columns: k, excess = L_n(w_k) - L_n(w_n), held_out = mean loss of (x_test, y_test) at w_k,
+    distance = |w_k - w_n|, norm = ||Hess L_k(w_k)||, converged (did the stopping rule hold).
+    """
+    whole, test = Losses(limit, x, y, loss), Losses(limit, x_test, y_test, loss)
+    rows = []
+    for k in sizes:
+        network = fresh()
+        result = training.train(network, x[:k], y[:k], loss=loss, **options)
+        w = Losses(network, x[:k], y[:k], loss).w
+        rows.append(
+            {
+                "k": k,
+                "excess": (whole.values(w).mean() - whole.values().mean()).item(),
+                "held_out": test.values(w).mean().item(),
+                "distance": (w - whole.w).norm().item(),
+                "norm": hessian_norm(network, x[:k], y[:k], loss, tolerance=1e-3).value,
+                "converged": result.converged,
+            }
         )
-        found.append(
-            OneStepOnBall(
-                k,
-                r,
-                max(map(abs, values)),
-                abs(e0),
-                r * gradient.norm().item(),
-                r * r / 2 * curvature,
-                remainder,
-                abs(e0) + r * r / 2 * mean_norm,
-            )
-        )
-    return found
+    return pd.DataFrame(rows)
+
+
+def projected_descent(losses: Losses, rows, centre: Tensor, radius: float, steps: int, start: Tensor | None = None):
+    """Weights (P,) that projected gradient descent reaches on the mean loss over `rows` in the ball around `centre`.
+
+    Steps are halved until the loss falls by what the projected step promises, and doubled afterwards; the loss never
+    rises. The result need not minimise: the gap of (prop:excess-risk) is to be stated beside it.
+    """
+    w, rows, length = centre if start is None else start, torch.as_tensor(rows), 1.0
+    value, gradient = losses.value_and_gradient(w, rows)
+    for _ in range(steps):
+        for _ in range(60):
+            new = _projected(w - length * gradient, centre, radius)
+            move = new - w
+            found = losses.value_and_gradient(new, rows)
+            if found[0] <= value + gradient @ move + move.square().sum() / (2 * length):
+                break
+            length /= 2
+        if found[0] >= value:
+            break
+        w, (value, gradient), length = new, found, 2 * length
+    return w

@@ -65,6 +65,11 @@ Sizes = _says(
     AfterValidator(_increasing),
     min_length=1,
 )
+SizesOrNone = _says(
+    list[Annotated[int, Field(ge=2)]],
+    "a strictly increasing list of integers of at least 2, or an empty one",
+    AfterValidator(_increasing),
+)
 
 
 def _choice(*names: str):
@@ -185,12 +190,22 @@ class BoundComparison(Parameters):
 
 
 class SurfaceConvergence(Parameters):
-    """Notebook 05; `radii` are fractions of |w0|, `n_steps` counts the pairs (k, order) examined on the ball."""
+    """Notebook 05; `radii` and `retrain_radius` are fractions of |w0|, `n_steps` counts the pairs (k, order) examined
+    on the ball; without `retrain_sizes` nothing is trained."""
 
     run: Name
     n_orders: AtLeastTwo
+    batch: AtLeastTwo
     radii: Positives
     n_steps: Count
+    n_ascent: Count
+    n_eigenvectors: AtLeastTwo
+    n_weights: AtLeastTwo
+    n_signs: AtLeastTwo
+    retrain_sizes: SizesOrNone
+    retrain_radius: Positive
+    n_inits: Count
+    plane_points: AtLeastTwo
     seed: Seed
 
 

@@ -34,7 +34,7 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
         ["per_sample_norms.csv", "hessian_norms.csv", "trace.csv", "blocks.csv", "spectrum.csv", "estimators.csv"],
     ),
     "04": (_DATA + _MODEL + ["per_sample_norms.csv"], ["bounds.csv"]),
-    "05": (_DATA + _MODEL + ["per_sample_norms.csv", "bounds.csv"], ["convergence.csv"]),
+    "05": (_DATA + _MODEL + ["per_sample_norms.csv", "bounds.csv"], ["convergence.csv", "verdicts.csv"]),
     "06": (_DATA + _MODEL, ["sample_size.csv"]),
     "07": ([], ["findings.csv"]),  # reads every table of every run of its study
 }
@@ -119,17 +119,36 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
         "products": ("float", "matrix operations of the rung for one sample [Hessian-vector products of one sample]"),
     },
     "convergence.csv": {
-        "experiment": ("str", "one step, distance or ball"),
-        "weights": ("str", "whose losses: trained, a control, or the pair of parts compared"),
-        "k": ("int", "number of samples; 0 in the row of a slope [samples]"),
-        "radius": ("float", "distance from the trained weights w0 [fraction of |w0|]"),
-        "quantity": ("str", "mean, rms, slope, or a term of the one-step theorem times k + 1"),
-        "value": ("float", "the measured value [nat, slopes 1]"),
+        "experiment": (
+            "str",
+            "one step, batch, distance, neighbourhood, criterion, ball, distance on ball, hessian, retraining, "
+            "projected training or constant",
+        ),
+        "weights": ("str", "whose losses: trained, a control, a pair of parts, or where the weights were drawn"),
+        "k": ("int", "number of samples; 0 in the row of a slope, n for a constant [samples]"),
+        "radius": ("float", "distance from the weights w0, for a Gaussian sigma sqrt(P) [fraction of |w0|]"),
+        "quantity": (
+            "str",
+            "mean, rms, slope, a term of the one-step theorem times k + 1 or of the distance over 1 - k/n, a bound, "
+            "or what was measured of the retrained weights",
+        ),
+        "value": ("float", "the measured value [nat; slopes 1; norms nat per squared unit of weight]"),
         "low": ("float", "lower end of its 95 % bootstrap interval over orders [as value]"),
         "high": ("float", "upper end of that interval [as value]"),
         "theory_low": ("float", "exact value or lower end of the proved bracket [as value]"),
         "theory_high": ("float", "exact value or upper end of the proved bracket [as value]"),
-        "n": ("int", "random orders behind the value [1]"),
+        "n": ("int", "random orders, or pairs of weights, behind the value [1]"),
+    },
+    "verdicts.csv": {
+        "claim": ("str", "what is claimed, one row a claim"),
+        "whose": ("str", "theorem of ours that says it, or the paper that claims it"),
+        "value": ("float", "the measured number"),
+        "low": ("float", "lower end of its 95 % interval, or of its range"),
+        "high": ("float", "upper end of that interval"),
+        "theory_low": ("float", "what the claim says of it: the value or the lower end"),
+        "theory_high": ("float", "the value or the upper end"),
+        "verdict": ("str", "agrees or differs; holds or violated for a bound; proves nothing where the control agrees"),
+        "control": ("str", "what could have come out otherwise, and how it came out"),
     },
     "sample_size.csv": {
         "kind": ("str", "pilot: an answer from the calibration part; check: a rule on the held-out part"),
