@@ -32,6 +32,8 @@ TINY = {
     "probes": 6,
     "steps": 5,
     "n_bounds": 6,
+    "n_dense": 1,
+    "products": 4,
     "n_orders": 30,
     "n_steps": 2,
     "radii": [1e-4, 1e-2],
