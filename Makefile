@@ -2,6 +2,7 @@
 # make test        install, lint, test
 # make study STUDY=studies/NAME.yaml   another study        make notebook   open Jupyter
 # make check-bounds  every bound against exact norms on 400 random networks
+# make ladder      train the networks of studies/digits_ladder.yaml, ask every bound there
 # make paper       compile paper/main.tex                   make clean      remove caches, keep results
 #
 # PIP_ARGS goes to pip, CORES (2) limits Snakemake, PYTHON names the interpreter that makes .venv.
@@ -14,7 +15,7 @@ BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host reason
 QUICKSTART := studies/quickstart.yaml
 
-.PHONY: help reproduce test check-bounds study notebook paper clean
+.PHONY: help reproduce test check-bounds study ladder notebook paper clean
 
 help:
 	@sed -n '1,/^$$/s/^# *//p;/^PYTHON/q' Makefile
@@ -43,6 +44,10 @@ test: .venv/.installed
 
 check-bounds: .venv/.installed
 	$(BIN)/python tests/check_bounds.py
+
+ladder: .venv/.installed
+	@$(SNAKEMAKE) --config study=studies/digits_ladder.yaml --until notebook_02
+	$(BIN)/python tests/check_ladder.py
 
 notebook: .venv/.installed
 	$(BIN)/jupyter lab notebooks

@@ -94,7 +94,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = ROOT / runs.RESULTS / STUDY / "ladder.csv"
-    table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["run"])
+    table = pd.DataFrame(columns=["run", "violations"])
     study = params.read_study(ROOT / "studies" / f"{STUDY}.yaml")
     for run in options.runs or study.runs:
         folder = ROOT / runs.RUNS / run
@@ -102,6 +102,7 @@ def main() -> int:
             print(f"{run}: no weights yet: run notebooks 01 and 02 of the study first.", file=sys.stderr)
             continue
         found = pd.DataFrame(of_run(folder, run, options.samples))
+        table = pd.read_csv(path) if path.is_file() else table  # runs may be shared out among processes
         table = pd.concat([table[table["run"] != run], found], ignore_index=True)
         table = table.sort_values(["depth", "width", "seed", "part"], kind="stable")
         with runs.atomic(path) as temporary:
@@ -109,7 +110,7 @@ def main() -> int:
         print(
             found[["run", "part", "rung", "ratio_median", "ratio_max", "products"]].to_string(index=False), flush=True
         )
-    return int(table.get("violations", pd.Series(dtype=int)).sum() > 0)
+    return int(table["violations"].sum() > 0)
 
 
 if __name__ == "__main__":

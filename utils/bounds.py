@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import calculus, curvature, forms
-from utils.forms import ROUNDING
+from utils.forms import ROUNDING, covariances
 from utils.forms import spectral as _spectral
 from utils.models import ACTIVATIONS, LOSSES, MLP, ViT, prepared_copy
 
@@ -389,7 +389,7 @@ def _attention_data(att, X, queries, R=0.0, moved=0.0, moved_query=0.0, prior=No
     first = at_most("softmax1", _softmax_moved(softmax_first(A).amax((1, 2)), dT))
     dA = _least(first * dT, math.sqrt(2 * H * queries.shape[1]))
     V_ball = at_most("V", v + dV)
-    sigma_K, sigma_V, covariance = _covariances(A, K, V)
+    sigma_K, sigma_V, covariance = covariances(A, K, V)
     far = torch.cdist(A @ V, V, compute_mode="donot_use_mm_for_euclid_dist").amax((1, 2, 3))
     reach = at_most("reach", far + 2 * dV + v * dA)
     stretch = (dT / math.sqrt(2)).exp()  # of a standard deviation, by the change of the rows alone
@@ -418,21 +418,6 @@ def _attention_data(att, X, queries, R=0.0, moved=0.0, moved_query=0.0, prior=No
     norms["O1"] = at_most("O1", O1 + dO)
     out = O1 * R + W["W_O"] * dO
     return norms, att.out(O), {"Q": dQ, "K": dK, "V": dV, "T": dT, "A": dA, "O": dO, "out": out}
-
-
-def _covariances(A: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """max over heads and rows t of ||Cov_t K||^(1/2), ||Cov_t V||^(1/2), ||Cov_t(V, K)|| under row t of A, each (n,).
-
-    A (n, H, N_q, N), K and V (n, H, N, d_h). Raised by what the difference E x y - E x E y can lose to rounding.
-    """
-
-    def covariance(X, Y):
-        X, Y = _centred(X), _centred(Y)
-        moment = (A @ _outer(X, Y).flatten(-2)).unflatten(-1, (X.shape[-1], Y.shape[-1]))  # (n, H, N_q, d_h, d_h)
-        slack = 1e-14 * (X.norm(dim=-1).amax((1, 2)) * Y.norm(dim=-1).amax((1, 2)))
-        return _spectral(moment - _outer(A @ X, A @ Y)).amax((1, 2)) + slack
-
-    return covariance(K, K).sqrt(), covariance(V, V).sqrt(), covariance(V, K)
 
 
 def _mixing(k: dict, d_h: int) -> tuple[tuple, dict]:

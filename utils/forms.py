@@ -55,6 +55,25 @@ def spectral(M: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
 
 
+def covariances(A: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """max over heads and rows t of ||Cov_t K||^(1/2), ||Cov_t V||^(1/2), ||Cov_t(V, K)|| under row t of A, each (n,).
+
+    A (n, H, N_q, N), K and V (n, H, N, d_h). Raised by what the difference E x y - E x E y can lose to rounding.
+    Source: Lemma (lem:covariance).
+    """
+
+    def outer(x, y):
+        return x[..., :, None] * y[..., None, :]
+
+    def covariance(X, Y):
+        X, Y = X - X.mean(-2, keepdim=True), Y - Y.mean(-2, keepdim=True)
+        moment = (A @ outer(X, Y).flatten(-2)).unflatten(-1, (X.shape[-1], Y.shape[-1]))  # (n, H, N_q, d_h, d_h)
+        slack = 1e-14 * (X.norm(dim=-1).amax((1, 2)) * Y.norm(dim=-1).amax((1, 2)))
+        return spectral(moment - outer(A @ X, A @ Y)).amax((1, 2)) + slack
+
+    return covariance(K, K).sqrt(), covariance(V, V).sqrt(), covariance(V, K)
+
+
 def group_of(parameter: str) -> str:
     """The module of a parameter ("blocks.0.mlp.fc1"), or its own name where it stands alone ("pos")."""
     return parameter.rsplit(".", 1)[0]
@@ -93,15 +112,17 @@ class Walk:
         parts = step.node.adjoint(self.saved[i], rows, **options)
         return {name: parts[k] for k, name in self.active(i)}
 
+    def has_weights(self, i: int) -> bool:
+        """Whether step i reads weights that move."""
+        return isinstance(self.steps[i].node, PARAMETRIC) and any(self.wanted[i][1:])
+
     def on_weights(self, i: int, rows: Tensor) -> dict[str, Tensor]:
         """For each group of step i a matrix (k, .) with the singular values of rows o D_W phi, [W b] on [X 1]."""
         step, saved = self.steps[i], self.saved[i]
-        if not isinstance(step.node, PARAMETRIC) or not any(self.wanted[i][1:]):
+        if not self.has_weights(i):
             return {}
         if isinstance(step.node, Linear):
-            X = saved[0][0]
-            X1 = torch.cat([X, torch.ones_like(X[:, :1])], 1) if saved[2] else X
-            U, s, _ = torch.linalg.svd(X1, full_matrices=False)
+            U, s, _ = torch.linalg.svd(_with_bias(saved), full_matrices=False)
             return {group_of(step.inputs[1]): torch.einsum("kto,ts->kso", rows, U * s).flatten(1)}
         if isinstance(step.node, Affine):
             n = saved[0][0]
@@ -112,12 +133,10 @@ class Walk:
     def norms_on_weights(self, i: int) -> dict[str, Tensor]:
         """||D_W phi|| for each group of step i: the norm of [X 1], the largest of [n_j 1], 1 for the embedding."""
         step, saved = self.steps[i], self.saved[i]
-        if not isinstance(step.node, PARAMETRIC) or not any(self.wanted[i][1:]):
+        if not self.has_weights(i):
             return {}
         if isinstance(step.node, Linear):
-            X = saved[0][0]
-            X1 = torch.cat([X, torch.ones_like(X[:, :1])], 1) if saved[2] else X
-            return {group_of(step.inputs[1]): spectral(X1)}
+            return {group_of(step.inputs[1]): spectral(_with_bias(saved))}
         if isinstance(step.node, Affine):
             n = saved[0][0].mT[..., None]  # (d, N, 1)
             return {group_of(step.inputs[1]): spectral(torch.cat([n, torch.ones_like(n)], 2)).max()}
@@ -139,6 +158,12 @@ class Walk:
             for source, part in self.pull(i, here).items():
                 found[source] = part if source not in found else found[source] + part
         return next(iter(found.values()), None)
+
+
+def _with_bias(saved) -> Tensor:
+    """[X 1] of a linear map with a bias, X without: (N, in + 1) or (N, in)."""
+    X, _, bias = saved
+    return torch.cat([X[0], torch.ones_like(X[0, :, :1])], 1) if bias else X[0]
 
 
 # --- small matrices: adjoint, blocks, tangents (Theorem (thm:forms)) -----------------------------------
@@ -286,8 +311,13 @@ def measured_tangents(walk: Walk, whole: bool) -> Tensor:
 
 
 def jets(walk: Walk) -> dict[str, Tensor]:
-    """a (m,) >= ||dz/dw_g|| of every value z by name, by products of norms forward. Source: Theorem 1 (thm:jet)."""
+    """a (m,) >= ||dz/dw_g|| of every value z by name, by products of norms forward.
+
+    LayerNorm is taken as one map, and so is attention from (Q, K, V) to O. Source: Theorem 1 (thm:jet), Lemma
+    (lem:covariance).
+    """
     found: dict[str, Tensor] = {}
+    maker = {step.output: i for i, step in enumerate(walk.steps)}
     for i, step in enumerate(walk.steps):
         node, saved, a = step.node, walk.saved[i], [found.get(name, walk.zeros) for name in step.inputs]
         if isinstance(node, Linear):
@@ -296,17 +326,21 @@ def jets(walk: Walk) -> dict[str, Tensor]:
             Q, K, scale = saved[0][0], saved[1][0], saved[2]  # Q has the scale in it
             out = scale * spectral(K - K.mean(1, keepdim=True)).max() * a[0] + spectral(Q).max() * a[1]
         elif isinstance(node, Softmax):
-            p = saved[0]
-            out = torch.linalg.eigvalsh(torch.diag_embed(p) - p[..., :, None] * p[..., None, :])[..., -1].max() * a[0]
+            out = _softmax_first(saved[0]) * a[0]
         elif isinstance(node, Mixing):
-            A, V = saved[0][0], saved[1][0]
-            out = spectral(V - V.mean(1, keepdim=True)).max() * a[0] + spectral(A).max() * a[1]
+            score = walk.steps[maker[walk.steps[maker[step.inputs[0]]].inputs[0]]]
+            of_Q, of_K = _through_scores(*saved, *walk.saved[maker[score.output]])
+            moved = [found.get(name, walk.zeros) for name in score.inputs]
+            out = of_Q * moved[0] + of_K * moved[1] + spectral(saved[0][0]).max() * a[1]
         elif isinstance(node, Activation):
             out = saved[0].abs().max() * a[0]
         elif isinstance(node, Normalisation):
             out = saved[1].max() * a[0]  # 1/rho
         elif isinstance(node, Affine):
-            out = saved[1].abs().max() * a[0]
+            norm = maker[step.inputs[0]]
+            gains = torch.diag(saved[1])[:, None].expand(-1, *saved[0].shape[1:])  # (d, N, d)
+            slopes = walk.steps[norm].node.adjoint(walk.saved[norm], gains)[0].transpose(0, 1)  # diag(gamma) Dn_t
+            out = spectral(slopes).max() * found.get(walk.steps[norm].inputs[0], walk.zeros)
         elif isinstance(node, Add):
             out = a[0] + a[1]
         elif isinstance(node, Pool):
@@ -318,6 +352,23 @@ def jets(walk: Walk) -> dict[str, Tensor]:
                 out = out + norm * (torch.arange(len(out), device=out.device) == walk.groups[group])
         found[step.output] = out
     return found
+
+
+def _softmax_first(p: Tensor) -> Tensor:
+    """max over the rows of ||diag(p) - p p^T||. Source: Lemma 1 (lem:softmax)."""
+    return torch.linalg.eigvalsh(torch.diag_embed(p) - p[..., :, None] * p[..., None, :])[..., -1].max()
+
+
+def _through_scores(A: Tensor, V: Tensor, Q: Tensor, K: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Norms of the maps dQ -> dO and dK -> dO of one sample, Q times scale; the smaller of two bounds each.
+
+    Source: Lemma 5 (lem:bilinear), Lemma (lem:covariance).
+    """
+    spread_V, norms_K = (spectral(X - X.mean(-2, keepdim=True)).max() for X in (V, K))
+    along = spread_V * _softmax_first(A)
+    _, sigma_V, both = (t.max() for t in covariances(A, K, V))
+    rows = Q.norm(dim=-1).max() * A.sum(-2).max().sqrt()
+    return scale * torch.minimum(along * norms_K, both), torch.minimum(along * spectral(Q).max(), rows * sigma_V)
 
 
 def small_matrix(losses: curvature.Losses, row: int, groups: list[str], rung: str) -> tuple[Tensor, Tensor]:
