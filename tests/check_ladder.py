@@ -26,8 +26,8 @@ from utils import bounds, curvature, forms, models, params, runs
 from utils.data import Dataset
 
 STUDY = "digits_ladder"
-# "prior measured": with constants of the whole part; the number behind "deflated": dimension of its subspace
-RUNGS = ("closed_form", "prior", "prior measured", *bounds.RUNGS[2:-1], "deflated 64", "deflated 256")
+# "prior, measured": with constants of the whole part; the number behind "deflated": dimension of its subspace
+RUNGS = ("closed_form", "prior", "prior, measured", *bounds.RUNGS[2:-1], "deflated 64", "deflated 256")
 
 
 def samples(rung: str, depth: int, width: int, most: int) -> int:
@@ -56,7 +56,7 @@ def of_run(folder: Path, run: str, most: int) -> list[dict]:
         measured = bounds.measured_norms(network, dataset.x_train if part == "training" else dataset.x_test)
         for name in RUNGS:
             n = samples(name, c.depth, c.d_model, most)
-            rung, *how = name.split()
+            rung, *how = name.replace(",", "").split()
             options = {} if not how else {"measured": measured} if rung == "prior" else {"products": int(how[0])}
             if n == 0 or (rung == "closed_form" and c.norm != "pre"):
                 continue

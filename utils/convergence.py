@@ -238,7 +238,7 @@ def pooled_verdicts(table: pd.DataFrame) -> pd.DataFrame:
             low, high = t["low"].mean(), t["high"].mean()
         theory, given = (t["theory_low"].mean(), t["theory_high"].mean()), list(dict.fromkeys(t["verdict"]))
         word = ", ".join(given)
-        if set(given) <= {"agrees", "differs"}:
+        if set(given) <= {"agrees", "differs"} and not math.isnan(low):
             word = verdict(low, high, *theory)
         elif "violated" in given:
             word = "violated"

@@ -143,11 +143,14 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
         "claim": ("str", "what is claimed, one row a claim"),
         "whose": ("str", "theorem of ours that says it, or the paper that claims it"),
         "value": ("float", "the measured number"),
-        "low": ("float", "lower end of its 95 % interval, or of its range"),
+        "low": ("float", "lower end of its 95 % interval, or of its range; empty where there is none"),
         "high": ("float", "upper end of that interval"),
         "theory_low": ("float", "what the claim says of it: the value or the lower end"),
         "theory_high": ("float", "the value or the upper end"),
-        "verdict": ("str", "agrees or differs; holds or violated for a bound; proves nothing where the control agrees"),
+        "verdict": (
+            "str",
+            "agrees or differs; holds or violated for a bound; identity, measured, or proves nothing",
+        ),
         "control": ("str", "what could have come out otherwise, and how it came out"),
     },
     "sample_size.csv": {
