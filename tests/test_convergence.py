@@ -239,7 +239,11 @@ def test_pooled_verdicts():
     off = [row("off", seed, -0.5 + 0.001 * seed, "agrees") for seed in range(3)]
     rest = [row("bound", 0, 0, "holds"), row("bound", 1, 1, "violated"), row("alone", 0, 3.0, "agrees")]
     published = [row("published", seed, -1.51, "differs", -1.56, -1.46, -2.0) for seed in range(3)]
-    table = pooled_verdicts(pd.DataFrame(slopes + off + rest + published)).set_index("claim")
+    exact = [row("exact", seed, 1.0, "agrees", math.nan, math.nan, 1.0) for seed in range(3)]
+    table = pooled_verdicts(pd.DataFrame(slopes + off + rest + published + exact)).set_index("claim")
+    assert table.loc["exact", "verdict"] == "agrees" and math.isnan(
+        table.loc["exact", "low"]
+    )  # no interval, no new verdict
     assert table.loc["slope", "verdict"] == "agrees" and table.loc["slope", "runs"] == 3
     assert table.loc["off", "verdict"] == "differs"  # the seeds agree with each other and not with theory
     assert table.loc["bound", "verdict"] == "violated"
