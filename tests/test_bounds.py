@@ -1070,7 +1070,7 @@ def test_mixing_as_covariance(d_h, N, size):
 
         z = tuple(t.flatten() for t in (Q, K, V))
         A = (Q @ K.mT / math.sqrt(d_h)).softmax(-1)
-        sigma_K, sigma_V, covariance = (float(t) for t in bounds._covariances(A[None], K[None], V[None]))
+        sigma_K, sigma_V, covariance = (float(t) for t in bounds.covariances(A[None], K[None], V[None]))
         first = float(bounds.softmax_first(A).max())
         sizes = {
             "Q": max(map(norm2, Q)),

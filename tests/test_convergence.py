@@ -60,6 +60,10 @@ def vit_losses(n=40, seed=0):
     return Losses(model, torch.randn(n, 1, 4, 4), torch.randint(0, 3, (n,)))
 
 
+def test_one_loss_has_no_step():
+    assert loss_steps([2.0]).shape == (1, 0)
+
+
 @pytest.mark.parametrize("source", ["vit", "random", "heavy"])
 def test_identity(source):
     """L_{k+1} - L_k = (l_{k+1} - L_k)/(k+1) to rounding, for a network's losses and for any list of numbers."""

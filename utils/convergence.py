@@ -47,7 +47,9 @@ def loss_steps(losses, orders=None, batch: int = 1) -> np.ndarray:
     """
     losses = np.asarray(losses, dtype=np.float64)
     ordered = losses[np.arange(len(losses))[None] if orders is None else orders]
-    coming = np.lib.stride_tricks.sliding_window_view(ordered[:, 1:], batch, axis=1).mean(-1)
+    coming = ordered[:, 1:]  # one by one; a single loss has no step
+    if batch > 1:
+        coming = np.lib.stride_tricks.sliding_window_view(coming, batch, axis=1).mean(-1)
     k = np.arange(1, ordered.shape[1] - batch + 1)
     return (coming - running_means(losses, orders)[:, : len(k)]) * (batch / (k + batch))
 
