@@ -297,3 +297,24 @@ def test_adjoints_whose_squares_underflow(size):
         values = hessian_norm_bounds(model, x, y, rung=rung).values
         norms = curvature.per_sample_hessian_norms(model, x, y).value
         assert values.isfinite().all() and (values >= norms * (1 - 1e-9)).all() and math.isfinite(values.sum()), rung
+
+
+@pytest.mark.parametrize("gap", [3.0, 17.0, 34.0])
+@pytest.mark.parametrize("right", [True, False])
+def test_saturated_samples_keep_their_curvature(gap, right):
+    """Two classes, head alone: ||H|| = 2 p(1-p) (|v|^2+1), to rounding, where 1 - p is far below it too."""
+    model = small_vit(7, depth=1, n_classes=2)
+    x = samples(7, 1)[0]
+    with torch.no_grad():
+        f = model(x)[0]
+        model.head.bias[0] += gap - (f[0] - f[1])
+        v = []
+        handle = model.head.register_forward_hook(lambda _, inputs, __: v.append(inputs[0][0]))
+        f = model(x)[0]
+        handle.remove()
+    a = (-(f[0] - f[1]).abs()).exp()
+    exact = float(2 * a / (1 + a) ** 2 * (v[0].square().sum() + 1))
+    y = torch.tensor([0 if right else 1])
+    for rung in ("adjoint", "blocks", "tangents", "deflated"):
+        bound = float(hessian_norm_bounds(model, x, y, rung=rung, parameters=["head.*"]).values)
+        assert exact * (1 - 1e-12) <= bound <= exact * (1 + 1e-6), rung

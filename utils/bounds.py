@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import calculus, curvature, forms
-from utils.forms import ROUNDING, covariances
+from utils.forms import ROUNDING, covariances, softmax_first
 from utils.forms import spectral as _spectral
 from utils.models import ACTIVATIONS, LOSSES, MLP, ViT, prepared_copy
 
@@ -46,30 +46,6 @@ LAYER_NORM_UNIFORM = 0.8586502  # >= sqrt(d) eps ||D^2 n|| for every x, 48/(25 s
 # name -> (>= |act'|, >= |act''|); |act(z)| <= |z| for each. ReLU: almost everywhere. Source: Lemma 4 (lem:activations)
 ACTIVATION_BOUNDS = {"gelu": (1.12891, 0.79789), "gelu_tanh": (1.1290, 0.79789), "relu": (1.0, 0.0)}
 ACTIVATION_THIRD = {"gelu": 0.77877, "gelu_tanh": 0.77670}  # name -> >= |act'''|. Source: Lemma 4 (lem:activations)
-
-
-def softmax_first(s: Tensor) -> Tensor:
-    """||Ds|| = largest eigenvalue of diag(s) - s s^T for every row of probabilities: (..., N) -> (...).
-
-    The eigenvalue is the root in (s_2, s_1) (largest two entries) of s_1/(s_1 - t) = sum_{i>1} s_i/(t - s_i):
-    the secular equation, divided by t with the help of sum s = 1, so that nothing cancels when the row is
-    saturated. Bisection keeps the upper end: never below the eigenvalue, 1e-12 above it at most (relative).
-    Source: Lemma 1 (lem:softmax), part (i).
-    """
-    s = s.sort(-1, descending=True).values
-    first, rest = s[..., 0], s[..., 1:]
-    if rest.shape[-1] == 0:
-        return torch.zeros_like(first)
-    others = rest.sum(-1)  # 1 - s_1 without cancellation
-    low = rest[..., 0]
-    gershgorin = 2 * torch.maximum(first * others, low * (1 - low))
-    high = torch.minimum(torch.minimum(first, gershgorin.clamp(max=SOFTMAX_FIRST)), 2 * others)
-    high = torch.maximum(high, low)
-    for _ in range(60):
-        middle = (low + high) / 2
-        above = first / (first - middle) >= (rest / (middle[..., None] - rest)).nan_to_num(nan=0.0).sum(-1)
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return high * (1 + 1e-12)
 
 
 def softmax_second(first: Tensor) -> Tensor:

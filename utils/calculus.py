@@ -525,7 +525,7 @@ class CrossEntropy:
         def form(dz, dout):
             if dz[0] is None:
                 return (None,)
-            g = dz[0] - dz[0].gather(-1, top)
+            g = dz[0] - torch.take_along_dim(dz[0], top, -1)  # several directions may share one sample
             return (weighted * (g - (p * g).sum(-1, keepdim=True)),)
 
         return form

@@ -55,6 +55,30 @@ def spectral(M: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
 
 
+def softmax_first(s: Tensor) -> Tensor:
+    """||Ds|| = largest eigenvalue of diag(s) - s s^T for every row of probabilities: (..., N) -> (...).
+
+    The eigenvalue is the root in (s_2, s_1) (largest two entries) of s_1/(s_1 - t) = sum_{i>1} s_i/(t - s_i):
+    the secular equation, divided by t with the help of sum s = 1, so that nothing cancels when the row is
+    saturated. Bisection keeps the upper end: never below the eigenvalue, 1e-12 above it at most (relative).
+    Source: Lemma 1 (lem:softmax), part (i).
+    """
+    s = s.sort(-1, descending=True).values
+    first, rest = s[..., 0], s[..., 1:]
+    if rest.shape[-1] == 0:
+        return torch.zeros_like(first)
+    others = rest.sum(-1)  # 1 - s_1 without cancellation
+    low = rest[..., 0]
+    gershgorin = 2 * torch.maximum(first * others, low * (1 - low))
+    high = torch.minimum(torch.minimum(first, gershgorin.clamp(max=0.5)), 2 * others)
+    high = torch.maximum(high, low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = first / (first - middle) >= (rest / (middle[..., None] - rest)).nan_to_num(nan=0.0).sum(-1)
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return high * (1 + 1e-12)
+
+
 def covariances(A: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """max over heads and rows t of ||Cov_t K||^(1/2), ||Cov_t V||^(1/2), ||Cov_t(V, K)|| under row t of A, each (n,).
 
@@ -326,7 +350,7 @@ def jets(walk: Walk) -> dict[str, Tensor]:
             Q, K, scale = saved[0][0], saved[1][0], saved[2]  # Q has the scale in it
             out = scale * spectral(K - K.mean(1, keepdim=True)).max() * a[0] + spectral(Q).max() * a[1]
         elif isinstance(node, Softmax):
-            out = _softmax_first(saved[0]) * a[0]
+            out = softmax_first(saved[0]).max() * a[0]
         elif isinstance(node, Mixing):
             score = walk.steps[maker[walk.steps[maker[step.inputs[0]]].inputs[0]]]
             of_Q, of_K = _through_scores(*saved, *walk.saved[maker[score.output]])
@@ -354,18 +378,13 @@ def jets(walk: Walk) -> dict[str, Tensor]:
     return found
 
 
-def _softmax_first(p: Tensor) -> Tensor:
-    """max over the rows of ||diag(p) - p p^T||. Source: Lemma 1 (lem:softmax)."""
-    return torch.linalg.eigvalsh(torch.diag_embed(p) - p[..., :, None] * p[..., None, :])[..., -1].max()
-
-
 def _through_scores(A: Tensor, V: Tensor, Q: Tensor, K: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Norms of the maps dQ -> dO and dK -> dO of one sample, Q times scale; the smaller of two bounds each.
 
     Source: Lemma 5 (lem:bilinear), Lemma (lem:covariance).
     """
     spread_V, norms_K = (spectral(X - X.mean(-2, keepdim=True)).max() for X in (V, K))
-    along = spread_V * _softmax_first(A)
+    along = spread_V * softmax_first(A).max()
     _, sigma_V, both = (t.max() for t in covariances(A, K, V))
     rows = Q.norm(dim=-1).max() * A.sum(-2).max().sqrt()
     return scale * torch.minimum(along * norms_K, both), torch.minimum(along * spectral(Q).max(), rows * sigma_V)
