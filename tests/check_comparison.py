@@ -4,7 +4,9 @@ Trains a tiny ViT (width 8, 300 steps of Adam on noisy prototypes) and a ViT of 
 notebook 02 without its polishing), of depth 1 and 2 each. Asks for one sample of each model the bound of ||H_i|| over
 the ball, in all weights and in some, at radii from 1e-5 to 1. `found` is the largest norm that a search over the ball
 has met: a random point, then an ascent. Writes data/results/check_bounds/ball.csv, one row a radius, and exits with 1
-if a bound lies below what was found. Takes about five minutes: `python tests/check_comparison.py`.
+if a bound lies below what was found. Takes about five minutes: `python tests/check_comparison.py`. With `--paths`, in
+their place and in about an hour: how many certificates the whole way of Adam takes, from the initial weights of the
+tiny models through every step to the trained ones, written to data/results/check_bounds/paths.csv.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ sys.path.insert(0, str(ROOT))
 from torch.func import functional_call
 
 from utils import bounds, runs, training
-from utils.comparison import hessian_norm_on_ball
+from utils.comparison import certified_path, hessian_norm_on_ball
 from utils.data import load_dataset
 from utils.models import build_for_data, build_model, loss_from_logits
 
 RADII = [1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0]
 
 
-def tiny(depth: int):
-    """(model, x, y): width 8, two heads, five tokens, three noisy prototypes, 300 steps of Adam."""
+def tiny(depth: int, passed: list | None = None):
+    """(model, x, y): width 8, two heads, five tokens, 300 steps of Adam, each kept in `passed`."""
     torch.manual_seed(depth)
     sizes = dict(image_size=4, channels=1, patch_size=2, n_classes=3, n_heads=2, d_model=8, d_ff=16)
     model = build_model("vit", depth=depth, **sizes).double()
@@ -41,10 +43,28 @@ def tiny(depth: int):
     x = torch.randn(3, 1, 4, 4, dtype=torch.float64)[y] + 1.5 * torch.randn(120, 1, 4, 4, dtype=torch.float64)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(300):
+        if passed is not None:
+            passed.append({name: p.detach().clone() for name, p in model.named_parameters()})
         optimiser.zero_grad()
         loss_from_logits(model(x), y).mean().backward()
         optimiser.step()
     return model, x, y
+
+
+def paths(depths: list[int], factors=(10.0, 2.0)) -> pd.DataFrame:
+    """One row a depth and factor: certificates along the polygon of all iterates, for the Hessian in all weights."""
+    rows = []
+    for depth, factor in itertools.product(depths, factors):
+        points: list[dict] = []
+        model, x, y = tiny(depth, points)
+        points.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        ends = [torch.cat([t.flatten() for t in points[i].values()]) for i in (0, -1)]
+        found = certified_path(model, x[:1], y[:1], points, factor=factor, most=2000)
+        row = {"model": "tiny", "depth": depth, "factor": factor, "steps": len(points) - 1, "length": found.length}
+        row |= {"chord": (ends[1] - ends[0]).norm().item(), "covered": found.covered, "certificates": found.measured}
+        rows.append(row | {"smallest_radius": float(found.radii.min()), "largest_bound": float(found.largest[0])})
+        print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
 
 
 def digits(depth: int):
@@ -148,7 +168,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["tiny", "digits"], choices=["tiny", "digits"])
     parser.add_argument("--depths", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--paths", action="store_true", help="certify the path of training instead of balls")
     arguments = parser.parse_args()
+    if arguments.paths:
+        with runs.atomic(ROOT / runs.RESULTS / "check_bounds" / "paths.csv") as temporary:
+            paths(arguments.depths).to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        return 0
     path, failed = ROOT / runs.RESULTS / "check_bounds" / "ball.csv", False
     for name, depth in tqdm(list(itertools.product(arguments.models, arguments.depths)), "models"):
         model, x, y = {"tiny": tiny, "digits": digits}[name](depth)
