@@ -3,6 +3,7 @@
 # make study STUDY=studies/NAME.yaml   another study        make notebook   open Jupyter
 # make check-bounds  every bound against exact norms on 400 random networks
 # make ladder      train the networks of studies/digits_ladder.yaml, ask every bound there
+# make coverage    are the sample sizes enough? pilots against the truth on whole pools
 # make paper       compile paper/main.tex                   make clean      remove caches, keep results
 #
 # PIP_ARGS goes to pip, CORES (2) limits Snakemake, PYTHON names the interpreter that makes .venv.
@@ -15,7 +16,7 @@ BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host reason
 QUICKSTART := studies/quickstart.yaml
 
-.PHONY: help reproduce test check-bounds study ladder notebook paper clean
+.PHONY: help reproduce test check-bounds study ladder coverage notebook paper clean
 
 help:
 	@sed -n '1,/^$$/s/^# *//p;/^PYTHON/q' Makefile
@@ -48,6 +49,9 @@ check-bounds: .venv/.installed
 ladder: .venv/.installed
 	@$(SNAKEMAKE) --config study=studies/digits_ladder.yaml --until notebook_02
 	$(BIN)/python tests/check_ladder.py
+
+coverage: .venv/.installed
+	$(BIN)/python tests/check_coverage.py
 
 notebook: .venv/.installed
 	$(BIN)/jupyter lab notebooks

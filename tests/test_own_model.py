@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from execution import TINY, execute, papermill, table, tree
 
-from utils import notebooks
+from utils import notebooks, sample_size
 
 USER_MODEL = '''
 import torch
@@ -73,7 +73,7 @@ def test_own_model_gets_every_measured_quantity(own):
     bounds = table(own, "bounds.csv", "own")
     assert set(bounds["rung"]) == {"certified"} and (bounds["ratio"] >= 1 - 1e-9).all()
     assert len(table(own, "convergence.csv", "own").query("experiment == 'ball'")) > 0
-    assert len(table(own, "sample_size.csv", "own").query("kind == 'pilot'")) == 4
+    assert len(table(own, "sample_size.csv", "own").query("kind == 'pilot'")) == 2 * len(sample_size.CRITERIA)
 
 
 def test_own_weights_skip_training(own):

@@ -133,6 +133,8 @@ def test_sample_sizes_fall_with_the_tolerance(study):
     for _, group in sizes.query("kind == 'pilot'").groupby("criterion"):
         assert group.sort_values("tolerance")["k"].is_monotonic_decreasing
         assert (group["lower"] <= group["upper"]).all()
+    curve = sizes.query("kind == 'curve'")
+    assert {"answer", "truth on held-out data", "one step", "power law"} <= set(curve["criterion"])
     kept = sizes[sizes["criterion"] == "surface, held-out S"]
     assert len(kept) == 2 and (kept["verdict"] == "kept").all()
 

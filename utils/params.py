@@ -210,11 +210,12 @@ class SurfaceConvergence(Parameters):
 
 
 class SampleSize(Parameters):
-    """Notebook 06; `radius` is a fraction of |w0|."""
+    """Notebook 06; `radius` and `ball` are fractions of |w0|."""
 
     run: Name
     tolerances: Positives
     radius: NotNegative
+    ball: NotNegative
     confidence: Fraction
     kurtosis: _says(float, "a number greater than 1", gt=1)
     n_probes: Count

@@ -1,0 +1,315 @@
+"""Is a sample size what it promises? Pilots against the truth on whole pools: `make coverage`.
+
+Four tables in data/results/coverage/, one row a cell and a rule:
+
+    fixed         pilots at fixed weights on digits, a synthetic population and MNIST, a ViT and an MLP each, three
+                  (radius, tolerance): does the interval hold the true size, and what do the rivals say?
+    refit         the same with weights trained anew on a part of every pilot, models of less than 2 000 parameters
+    retrain       heads trained in a ball on as many samples as the excess-risk size says: the error they have, and the
+                  least size at which it is still acceptable
+    pathological  heavy tails, wrong labels, copies, drift, a pilot of five
+
+Samples are drawn with replacement from a pool that no weights have seen, so that the pool is the population and the
+true size is found by simulation (`true_size`). Exits with 1 if an interval's coverage is significantly below its
+promise. MNIST is left out where DATA_ROOT does not hold it. About half an hour; `--pilots 10` takes two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from torch.nn.functional import avg_pool2d
+
+from utils import convergence, models, runs, training
+from utils import sample_size as ss
+from utils.curvature import Losses
+from utils.data import load_dataset, synthetic_draw
+
+CONFIDENCE = 0.9
+QUESTIONS = ((0.0, 0.1), (0.0, 0.05), (0.03, 0.05))  # (radius as a fraction of |w0|, tolerance [nat])
+PILOT, LARGER = 400, 1600  # samples of a pilot
+TARGETS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1)  # corrections of a fitted curve's target that are tried
+MOST = 100_000  # samples of one training
+PARTS = ("fixed", "refit", "retrain", "pathological")
+
+
+def dataset_of(name: str):
+    """(x, y) to train on, (x, y) of the pool, for a data set by name."""
+    if name == "synthetic":
+        return synthetic_draw(600, 1), synthetic_draw(20000, 2)
+    found = load_dataset(name, n_samples=6000 if name == "mnist" else 0)
+    rest = (found.x_calibration, found.y_calibration) if name == "digits" else (found.x_test[:0], found.y_test[:0])
+    return (found.x_train, found.y_train), (torch.cat([rest[0], found.x_test]), torch.cat([rest[1], found.y_test]))
+
+
+def network(kind: str, x, n_classes: int, seed: int, width: int = 16):
+    torch.manual_seed(seed)
+    if kind == "mlp":
+        return models.build_model("mlp", d_in=x[0].numel(), width=width, depth=1, n_classes=n_classes)
+    size = x.shape[-1]
+    sizes = dict(image_size=size, channels=x.shape[1], patch_size=size // (2 if size % 4 else 4), n_classes=n_classes)
+    return models.build_model("vit", **sizes, depth=1, n_heads=2, d_model=width, d_ff=2 * width)
+
+
+def interval_row(rule: str, low, high, truth, promised: float | None = None) -> dict:
+    """How often truth lies in [low, high] where high is finite, with its exact interval, and how far off high is.
+
+    low None: the rule gives one number, and covers where it is at least the truth. truth: one number or one a pilot.
+    """
+    low, high = np.zeros(len(high)) if low is None else np.asarray(low, float), np.asarray(high, float)
+    truth = np.broadcast_to(np.asarray(truth, float), high.shape)
+    high = np.where(np.isfinite(high) & (high > 0), high, math.inf)
+    told = np.isfinite(high)
+    hits = int(((low <= truth) & (truth <= high))[told].sum())
+    off = np.log10(high[told]) - np.log10(truth[told])
+    share_low, share_high = ss.clopper_pearson(hits, int(told.sum())) if told.any() else (math.nan, math.nan)
+    row = {"rule": rule, "pilots": len(high), "refused": int((~told).sum()), "covered": hits / max(1, told.sum())}
+    row |= {"covered_low": share_low, "covered_high": share_high, "promised": promised}
+    row |= {"ratio_median": 10 ** np.median(off) if told.any() else math.nan}
+    return row | {"error_log10": math.sqrt((off**2).mean()) if told.any() else math.nan}
+
+
+def forecast_rows(values, tolerance: float, size: int, pilots: int, truth: int, about: dict, raw: list) -> list[dict]:
+    """Rows of a cell at fixed weights; values (m_probes, N) of the pool. `raw` gathers the curves' sizes by target."""
+    generator, found, rivals = np.random.default_rng(7), [], []
+    for seed in range(pilots):
+        pilot = values[:, generator.integers(values.shape[1], size=size)]
+        found.append(ss.surface_forecast(pilot, tolerance, CONFIDENCE, seed=seed))
+        rivals.append(ss.baselines(pilot, tolerance, [c * tolerance for c in TARGETS], seed))
+    low, k, high = (np.array([f[name] for f in found], float) for name in ("lower", "k", "upper"))
+    prices = {name: np.median([f["terms"][name] for f in found]) for name in ("price_of_theorem", "price_of_pilot")}
+    rows = [interval_row("interval", low, high, truth, CONFIDENCE) | prices]
+    rows.append(interval_row("plug-in", None, k, truth))
+    for rule in ("one step", "doubling"):
+        rows.append(interval_row(rule, None, [r[rule] for r in rivals], truth))
+    for family in ss.FAMILIES:
+        sizes = np.array([r[family] for r in rivals])  # (pilots, targets)
+        rows.append(interval_row(family, None, sizes[:, 0], truth))
+        raw.append((about["dataset"], len(rows) - 1, family, sizes))
+    return [about | {"truth": truth} | row for row in rows]
+
+
+def fixed(pilots: int, names: list[str]) -> pd.DataFrame:
+    cells, curves = [], []
+    for name in names:
+        (x, y), (pool_x, pool_y) = dataset_of(name)
+        for kind in ("vit", "mlp"):
+            model = network(kind, x, int(y.max()) + 1, seed=0)
+            training.train(model, x, y, l2=1e-2, epochs=15, polish_steps=0)
+            losses = Losses(model, pool_x, pool_y)
+            for fraction, tolerance in QUESTIONS:
+                radius = fraction * losses.w.norm().item()
+                values = ss.probe_losses(losses, ss.neighbourhood(losses.w, radius, 4))
+                truth = ss.true_size(values, tolerance, CONFIDENCE)
+                mean, square = ss.pair_moments(values.T / math.sqrt(len(values)))
+                about = {"dataset": name, "model": kind, "parameters": losses.P, "radius": fraction}
+                about |= {"tolerance": tolerance, "pool": losses.n, "kurtosis": square / mean**2}
+                for size in (PILOT, LARGER):
+                    raw: list = []
+                    of_pilot = about | {"pilot": size}
+                    cells.append(forecast_rows(values, tolerance, size, pilots, truth, of_pilot, raw))
+                    curves += [(len(cells) - 1, *c) for c in raw]
+                    print(cells[-1][0], flush=True)
+    for cell, name, _, family, sizes in list(curves):  # the target that would have done on the other data sets
+        others = [(s >= cells[c][0]["truth"]).mean(0) for c, n, _, f, s in curves if f == family and n != name] or [
+            np.zeros(len(TARGETS))
+        ]
+        enough = np.flatnonzero(np.mean(others, 0) >= CONFIDENCE)
+        at = int(enough[0]) if len(enough) else len(TARGETS) - 1
+        row = cells[cell][0]
+        about = {c: row[c] for c in list(row)[: list(row).index("rule")]}
+        corrected = interval_row(f"{family}, corrected", None, sizes[:, at], row["truth"])
+        cells[cell].append(about | corrected | {"correction": TARGETS[at]})
+    return pd.DataFrame([row for cell in cells for row in cell])
+
+
+def refit(pilots: int, names: list[str]) -> pd.DataFrame:
+    """Every pilot trains its own weights on 200 samples and asks about them with 400 others."""
+    rows = []
+    for name in names:
+        (x, y), (pool_x, pool_y) = dataset_of(name)
+        x, y = torch.cat([x, pool_x]), torch.cat([y, pool_y])
+        if name == "mnist":  # 14 x 14, so that an MLP of width 8 has less than 2 000 parameters
+            x = avg_pool2d(x[:12000], 2)
+        for kind in ("vit", "mlp"):
+            low, high, truths, generator = [], [], [], np.random.default_rng(11)
+            for seed in range(pilots):
+                order = generator.permutation(len(x))
+                model = network(kind, x, int(y.max()) + 1, seed, width=8)
+                training.train(model, x[order[:200]], y[order[:200]], l2=1e-2, epochs=30, polish_steps=0, seed=seed)
+                rest = order[200:]
+                losses = Losses(model, x[rest], y[rest])
+                radius = 0.03 * losses.w.norm().item()
+                values = ss.probe_losses(losses, ss.neighbourhood(losses.w, radius, 4, seed))
+                pilot = values[:, generator.integers(len(rest), size=PILOT)]
+                found = ss.surface_forecast(pilot, 0.1, CONFIDENCE, seed=seed)
+                low, high = [*low, found["lower"]], [*high, found["upper"]]
+                truths.append(ss.true_size(values, 0.1, CONFIDENCE, streams=300, seed=seed))
+            about = {"dataset": name, "model": kind, "parameters": losses.P, "radius": 0.03, "tolerance": 0.1}
+            about |= {"pool": len(rest), "pilot": PILOT, "truth": np.median(truths)}
+            rows.append(about | interval_row("interval", low, high, truths, CONFIDENCE))
+            print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+def retrain(pilots: int) -> pd.DataFrame:
+    """Heads on fixed features: train in the ball around an independent centre, on k fresh samples."""
+    rows, steps, radius = [], 60, 1.0
+    for kind in ("vit", "mlp"):
+        x, y = synthetic_draw(600, 1)
+        body = network(kind, x, int(y.max()) + 1, seed=0, width=8)
+        training.train(body, x, y, l2=1e-2, epochs=15, polish_steps=0)
+        torch.manual_seed(1)
+        centre = torch.nn.Linear(8, int(y.max()) + 1).double()  # a head that has seen nothing
+        if kind == "vit":
+            body.head = torch.nn.Identity()
+        else:
+            body.layers[-1] = torch.nn.Identity()
+
+        def sample(n, seed):
+            x, y = synthetic_draw(n, seed)
+            with torch.no_grad():
+                return Losses(centre, body(x.double()), y)  # noqa: B023
+
+        truth = sample(20000, 2)
+        w0, everything = truth.w, torch.arange(truth.n)
+        best = truth.values(convergence.projected_descent(truth, everything, w0, radius, 4 * steps)).mean().item()
+        gain = truth.values().mean().item() - best
+
+        def meets(k, acceptable, first):
+            """Share of trainings on k fresh samples within the acceptable error, and the largest optimisation gap."""
+            hits, gaps = 0, []
+            for i in range(pilots):
+                losses = sample(k, first + i)
+                rows_k = torch.arange(k)
+                w = convergence.projected_descent(losses, rows_k, w0, radius, steps)  # noqa: B023
+                further = convergence.projected_descent(losses, rows_k, w0, radius, steps, w) if i < 5 else w  # noqa: B023
+                gaps.append((losses.values(w).mean() - losses.values(further).mean()).item())
+                hits += truth.values(w).mean().item() - best <= acceptable  # noqa: B023
+            return hits, max(gaps)
+
+        for share in (0.5, 0.25):
+            acceptable, gap = share * gain, 0.01 * share * gain
+            pilot = sample(PILOT, 3)
+            asked = dict(radius=radius, confidence=CONFIDENCE, criterion="excess", gap=gap)
+            found = ss.required_samples(centre, pilot.x, pilot.y, acceptable, **asked)
+            k = found.upper
+            hits, worst_gap = meets(min(k, MOST), acceptable, 1000)
+            least, tried = 1, 1
+            while tried < k:
+                if meets(tried, acceptable, 5000)[0] < CONFIDENCE * pilots:
+                    least = tried
+                elif tried > 4 * least:
+                    break
+                tried = math.ceil(1.5 * tried)
+            least = math.ceil(1.5 * least)  # the next size tried, from which on all did
+            low, high = ss.clopper_pearson(hits, pilots)
+            row = {"model": kind, "parameters": truth.P, "radius": radius, "gain": gain, "acceptable": acceptable}
+            row |= {
+                "rule": "excess risk, measured spreads",
+                "forecast": k,
+                "plug_in": found.k,
+                "trained_on": min(k, MOST),
+            }
+            row |= {"met": hits / pilots, "met_low": low, "met_high": high, "promised": CONFIDENCE, "gap": worst_gap}
+            rows.append(row | {"least": least, "price": k / least})
+            if kind == "vit":  # LayerNorm bounds the features, and so everything, a priori
+                size = a_priori(body, centre, radius, (acceptable - gap) / 2)
+                unknown = dict.fromkeys(("plug_in", "trained_on", "met", "met_low", "met_high", "gap"), math.nan)
+                rows.append(
+                    row
+                    | {"rule": "excess risk, a-priori bounds", "forecast": size, "least": least, "price": size / least}
+                    | unknown
+                )
+            print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+def a_priori(body, head, radius: float, tolerance: float) -> float:
+    """The ball size with S, |grad l| and |H|_F at their largest over all inputs, for the head of a pre-norm ViT."""
+    longest = body.norm.weight.abs().max().item() * math.sqrt(body.config.d_model) + body.norm.bias.norm().item()
+    squared = longest**2 + 1  # >= |[v 1]|^2
+    norm = torch.linalg.matrix_norm(torch.cat([head.weight, head.bias[:, None]], 1), 2).item()
+    loss = math.log(len(head.bias)) + math.sqrt(2 * squared) * norm
+    B = loss / 2 + radius * math.sqrt(2 * squared) + radius**2 / 2 * squared / math.sqrt(2)
+    return ss.k_ball(B, tolerance, CONFIDENCE)
+
+
+def pathological(pilots: int) -> pd.DataFrame:
+    """Populations of losses that break assumptions; where an answer is given, is it right?"""
+    generator = np.random.default_rng(5)
+    plain = np.abs(generator.normal(size=20000)) * 0.3
+    wrong = np.where(generator.uniform(size=20000) < 1e-3, 12.0, plain)
+    heavy = 0.05 * generator.pareto(1.5, size=200000)
+    cases = {
+        "plain": (plain, PILOT, {}),
+        "heavy tail (Pareto 1.5, infinite variance)": (heavy, PILOT, {}),
+        "one label in a thousand wrong, kurtosis assumed": (wrong, PILOT, {}),
+        "one label in a thousand wrong, ceiling known": (wrong, PILOT, {"ceiling": 12.0}),
+        "pilot of 5": (plain, 5, {}),
+    }
+    rows, tolerance = [], 0.05
+    for name, (pool, size, options) in cases.items():
+        truth = ss.true_size(pool, tolerance, CONFIDENCE, streams=300)
+        found = [
+            ss.surface_forecast(pool[generator.integers(len(pool), size=size)], tolerance, CONFIDENCE, **options)
+            for _ in range(pilots)
+        ]
+        low, high = ([f[name] for f in found] for name in ("lower", "upper"))
+        rows.append(
+            {"case": name, "pilot": size, "truth": truth} | interval_row("interval", low, high, truth, CONFIDENCE)
+        )
+    found = []  # 40 samples ten times each, as a person gives them
+    for seed in range(pilots):
+        torch.manual_seed(seed)
+        model, x = torch.nn.Linear(5, 3).double(), torch.randn(40, 5).double().repeat(10, 1)
+        y = torch.randint(0, 3, (40,)).repeat(10)
+        found.append(ss.required_samples(model, x, y, tolerance, confidence=CONFIDENCE).upper)
+    rows.append({"case": "ten copies of 40 samples", "pilot": PILOT} | interval_row("interval", None, found, math.nan))
+    found, steps = [], []
+    for _ in range(pilots):  # l_{j+1} = L_j + c with noise: every step is c/(j+1), and L drifts like c ln j for ever
+        losses = [1.0]
+        for j in range(1, PILOT):
+            losses.append(np.mean(losses) + 0.4 + 0.1 * generator.normal() * (j > 0))
+        found.append(ss.surface_forecast(losses, tolerance, CONFIDENCE)["upper"])
+        steps.append(ss.baselines(losses, tolerance)["one step"])
+    for rule, sizes in (("interval", found), ("one step", steps)):
+        rows.append({"case": "drift", "pilot": PILOT} | interval_row(rule, None, sizes, math.inf))
+    print(pd.DataFrame(rows).to_string(), flush=True)
+    return pd.DataFrame(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pilots", type=int, default=200, help="of a cell; 40 at most where each is trained anew")
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
+    parser.add_argument("--out", type=Path, default=ROOT / runs.RESULTS / "coverage")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    pilots, few = arguments.pilots, min(40, arguments.pilots)
+    names = ["digits", "synthetic"] + ["mnist"] * (Path(os.environ.get("DATA_ROOT", "."), "mnist").is_dir())
+    making = {"fixed": lambda: fixed(pilots, names), "refit": lambda: refit(few, names)}
+    making |= {"retrain": lambda: retrain(few), "pathological": lambda: pathological(pilots)}
+    below = 0
+    for part in arguments.parts:
+        table = making[part]()
+        with runs.atomic(arguments.out / f"{part}.csv") as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        if part in ("fixed", "refit"):
+            below += int((table["covered_high"] < table["promised"]).sum())
+    return int(below > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
