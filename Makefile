@@ -4,7 +4,8 @@
 # make check-bounds  every bound against exact norms on 400 random networks
 # make ladder      train the networks of studies/digits_ladder.yaml, ask every bound there
 # make coverage    are the sample sizes enough? pilots against the truth on whole pools
-# make paper       compile paper/main.tex                   make clean      remove caches, keep results
+# make html        every notebook as a page of site/        make paper      compile paper/main.tex
+# make clean       remove caches, keep results
 #
 # PIP_ARGS goes to pip, CORES (2) limits Snakemake, PYTHON names the interpreter that makes .venv.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2> /dev/null && echo $$p && break; done)
@@ -16,7 +17,7 @@ BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host reason
 QUICKSTART := studies/quickstart.yaml
 
-.PHONY: help reproduce test check-bounds study ladder coverage notebook paper clean
+.PHONY: help reproduce test check-bounds study ladder coverage notebook html paper clean
 
 help:
 	@sed -n '1,/^$$/s/^# *//p;/^PYTHON/q' Makefile
@@ -55,6 +56,9 @@ coverage: .venv/.installed
 
 notebook: .venv/.installed
 	$(BIN)/jupyter lab notebooks
+
+html: .venv/.installed
+	$(BIN)/python -m utils.notebooks html site
 
 paper:
 	@command -v latexmk > /dev/null || { echo "latexmk is missing: install TeX Live with latexmk (Debian: texlive-latex-extra latexmk)." >&2; exit 1; }

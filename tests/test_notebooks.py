@@ -299,3 +299,15 @@ def test_links_of_pages_resolve(page):
     path = ROOT / page
     links = [link for link in notebooks.LINK.findall(path.read_text()) if not re.match(r"[a-z]+:", link)]
     assert all((path.parent / link.split("#")[0]).exists() for link in links), links
+
+
+def test_pages_of_all_notebooks(tmp_path, monkeypatch):
+    (tmp_path / "rendered").mkdir()
+    for name in ("01_data_preparation.ipynb", "rendered/other.ipynb"):
+        shutil.copy(ROOT / "notebooks/01_data_preparation.ipynb", tmp_path / name)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    index = notebooks.html(tmp_path / "site")
+    links = re.findall(r'href="([^"]+)"', index.read_text(encoding="utf-8"))
+    assert links == ["01_data_preparation.html", "rendered/other.html"]
+    pages = [(index.parent / link).read_text(encoding="utf-8") for link in links]
+    assert all('href="02_model_training.html"' in page and "data:image/png" in page for page in pages)

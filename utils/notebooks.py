@@ -3,6 +3,7 @@
     python -m utils.notebooks normalise IN OUT      an executed copy without run-to-run noise
     python -m utils.notebooks merge STUDY.yaml      outputs of a study's first run into notebooks/, findings into README
     python -m utils.notebooks dictionary            the columns of the result files into data/README.md
+    python -m utils.notebooks html FOLDER           every notebook as a page, with an index
     python -m utils.notebooks check                 the rules, one line for each breach
 
 Executed copies lie at data/runs/<run>/notebooks/, notebook 07's at data/runs/_study_<study>/notebooks/.
@@ -320,6 +321,37 @@ def _prose_problems(path: Path, cells: list[dict]) -> list[str]:
     return found
 
 
+def html(folder: Path | str) -> Path:
+    """Every notebook under notebooks/ as a page in the folder, with the outputs it has; returns the index.
+
+    Links between notebooks lead to the pages; those to other files of the repository are kept as they are.
+    """
+    from nbconvert import HTMLExporter  # seconds to import
+
+    folder, exporter, rows = Path(folder), HTMLExporter(), []
+    for path in sorted(NOTEBOOKS.rglob("*.ipynb"), key=lambda p: (len(p.parts), p)):
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        page = folder / path.relative_to(NOTEBOOKS).with_suffix(".html")
+        body, _ = exporter.from_filename(str(path))
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with runs.atomic(page) as temporary:
+            temporary.write_text(re.sub(r'href="([^":/]+)\.ipynb"', r'href="\1.html"', body), encoding="utf-8")
+        head = source(read(path)["cells"][0])
+        title, asks = re.search(r"^# (.+)$", head, re.MULTILINE), re.search(r"\*\*Question\.\*\* (.+)", head)
+        made = path.parent.relative_to(NOTEBOOKS).as_posix()
+        title = (title[1] if title else path.stem) + ("" if made == "." else f" ({made})")
+        asks = re.sub(r"\$\\?(\w+)\$", r"\1", asks[1]) if asks else ""
+        rows.append(f'<li><a href="{page.relative_to(folder).as_posix()}">{title}</a> {asks}</li>')
+        print(f"{page}", flush=True)
+    style = "body{font:16px/1.5 sans-serif;max-width:46rem;margin:3rem auto;padding:0 1rem}li{margin:.6rem 0}"
+    text = f'<!doctype html><meta charset="utf-8"><title>Notebooks</title><style>{style}</style>'
+    text += f"<h1>Convergence of the loss function surface in transformers</h1><ol>{''.join(rows)}</ol>"
+    with runs.atomic(folder / "index.html") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return folder / "index.html"
+
+
 def main(arguments: list[str]) -> None:
     """The command line described at the top. Exits with one sentence where something is wrong."""
     try:
@@ -331,12 +363,15 @@ def main(arguments: list[str]) -> None:
                 fill("README.md", "findings", findings_table(params.read_study(study).name))
             case ["dictionary"]:
                 fill("data/README.md", "dictionary", dictionary())
+            case ["html", folder]:
+                print(f"Open {html(folder)} in a browser.")
             case ["check"]:
                 found = [f"{n}: {p}" for n in sorted(NOTEBOOKS.glob("*.ipynb")) for p in problems(n)]
                 if found:
                     sys.exit("\n".join(found))
             case _:
-                sys.exit("usage: python -m utils.notebooks normalise IN OUT | merge STUDY.yaml | dictionary | check")
+                usage = "normalise IN OUT | merge STUDY.yaml | dictionary | html FOLDER | check"
+                sys.exit(f"usage: python -m utils.notebooks {usage}")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 
