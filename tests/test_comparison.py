@@ -90,11 +90,11 @@ def normalised(eps):
 # --- constants ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", comparison.ACTIVATION_THIRD)
+@pytest.mark.parametrize("name", bounds.ACTIVATION_THIRD)
 def test_the_third_derivative_of_activations(name):
     z = torch.linspace(-9, 9, 360_001, dtype=torch.float64)
     values = vmap(grad(grad(grad(ACTIVATIONS[name]))))(z).abs().max()
-    assert values <= comparison.ACTIVATION_THIRD[name] <= values * (1 + 2e-5)
+    assert values <= bounds.ACTIVATION_THIRD[name] <= values * (1 + 2e-5)
 
 
 def test_the_third_derivative_of_softmax():
@@ -218,6 +218,19 @@ def test_columns_of_the_gain():
 # --- the integration ------------------------------------------------------------------------------------
 
 
+def test_steps_from_rest():
+    """A chain of five unknowns of which the last has rate 0 at first, and a ring of three: both exist for ever."""
+    chain, start = torch.diag(torch.ones(4, dtype=torch.float64), -1), torch.zeros(1, 5, dtype=torch.float64)
+    start[0, 0] = 1.0
+    values, _ = integrate(lambda u: u @ chain.T, start, [0.5, 1.0], at=4)
+    exact = torch.tensor([0.5**4, 1.0], dtype=torch.float64) / 24
+    assert (exact <= values[0]).all() and (values[0] <= 1.5 * exact + 1e-4).all()
+    ring = torch.roll(torch.eye(3, dtype=torch.float64), 1, 0)
+    values, _ = integrate(lambda u: u @ ring.T, torch.eye(3, dtype=torch.float64)[:1], [0.5], at=0)
+    exact = float(torch.linalg.matrix_exp(0.5 * ring)[0, 0])
+    assert exact <= float(values) <= 1.05 * exact
+
+
 @pytest.mark.parametrize("u0", [0.5, 1.0, 7.0])
 def test_a_scalar_equation_that_blows_up(u0):
     """u' = u^2: u_0 / (1 - u_0 r), never passed from below, close to it, inf after the blow-up."""
@@ -325,7 +338,7 @@ def test_the_rates_of_a_scalar_network_are_exact():
     for z, (step, move, lam, third, rest) in enumerate(third_terms(model, x, y, "mse", direction)):
         size = float(move.abs().sum())
         if isinstance(step.node, calculus.Activation):
-            third = comparison.ACTIVATION_THIRD["gelu"] * lam.abs() * size**3
+            third = bounds.ACTIVATION_THIRD["gelu"] * lam.abs() * size**3
             K.append(float(system.rows[z][2]) * size**2)
         elif isinstance(step.node, calculus.SquaredError):
             K.append(2 * size**2)
@@ -353,7 +366,7 @@ def test_a_row_that_moves_alone_counts_with_its_own_constants():
     assert float(rate["ways"][0][0, 0]) == pytest.approx(a) and float(rate["ways"][0][0, 1]) == 0
     lam = (2 * (model(x) - 1) * model.layers[1].weight).detach()[0].abs()
     weak = (system.weak[act][0, :, 0] * bend).max()  # the other row's adjoint moves too
-    third = comparison.ACTIVATION_THIRD["gelu"] * float(lam[0]) * a**3
+    third = bounds.ACTIVATION_THIRD["gelu"] * float(lam[0]) * a**3
     product = float(torch.minimum(weak, system.L[0, act + 1, 0] * bend[0])) * a**2
     assert float(rate["L"][0, 0, 0]) == pytest.approx(third + 3 * product)
 
@@ -480,6 +493,32 @@ def test_key_biases_have_no_influence():
     )
 
 
+@pytest.mark.parametrize("sizes", [dict(pool="mean"), dict(norm="post")])
+def test_adjoints_move_with_pushes(sizes):
+    """d/de of dl/dz for a push e of each value, upstream and downstream of z, by automatic differentiation."""
+    model = small_vit(0, 1.5, depth=2, **sizes)
+    x, y = samples(3, n=1)
+    chain = [*calculus.steps_of(model), calculus.Step(calculus.CrossEntropy(y), ("f",), "loss")]
+    point = {n: p.detach() for n, p in model.named_parameters()}
+    walks = comparison._Walks(chain, point, calculus.data_of(model, x), set(point), 1)
+    names = [step.output for step in chain[:-1]]
+
+    def loss(pushes):
+        values = point | {"x": calculus.data_of(model, x)}
+        for step in chain:
+            values[step.output] = step.node.forward(*(values[n] for n in step.inputs))[0] + pushes.get(step.output, 0)
+        return values["loss"].sum()
+
+    zero, generator = {n: torch.zeros_like(walks.values[n]) for n in names}, torch.Generator().manual_seed(0)
+    for name in names:
+        push = torch.randn(zero[name].shape, generator=generator, dtype=torch.float64)
+        still = {n: torch.zeros_like(t) for n, t in zero.items()} | {name: push}
+        _, expected = jvp(grad(loss), (zero,), (still,))
+        got = walks.adjoint_tangents(walks.tangents({name: push}))
+        for n in names:
+            torch.testing.assert_close(got.get(n, zero[n]), expected[n], rtol=1e-8, atol=1e-10)
+
+
 def test_chunks_change_nothing():
     model = small_vit(2)
     x, y = samples(2, n=1)
@@ -505,6 +544,19 @@ def test_a_certified_path(tube):
         points = [{n: t for n, t in point.items() if n != "pos"} for point in points]
     found = certified_path(model, x, y, points, factor=3.0, parameters=parameters, tube=tube, most=400)
     assert found.covered == pytest.approx(found.length) and found.measured >= len(found.radii) > 1
+    low, high = found.positions - found.radii, found.positions + found.radii
+    assert low[0] <= 0 and high[-1] >= found.length and (low[1:] <= high[:-1] * SLACK).all()  # no gap between the balls
+    names_of = list(points[0])
+    first = math.sqrt(sum(float((points[1][n] - points[0][n]).square().sum()) for n in names_of))
+    at = int((found.positions <= first).sum()) // 2  # some centre on the first segment, measured anew
+    share = float(found.positions[at]) / first
+    there = {n: (1 - share) * points[0][n] + share * points[1][n] for n in names_of}
+    here = unflat(model, start) | there
+    twin = moved(model, torch.cat([here[n].flatten() for n in names]) - start)
+    where = {"directions": {n: ((points[1][n] - points[0][n]) / first)[None] for n in names_of}, "whole": True}
+    system = comparison_system(twin, x, y, parameters=parameters, **({} if tube else where))
+    reach = integrate(system.rates, system.start, [], system.norm_at, (3.0,))[1].min()
+    assert float(found.radii[at]) == pytest.approx(float(reach), rel=1e-6)
     keep = selected(model, parameters or names)
     for a, b in itertools.pairwise(points):
         for share in torch.linspace(0, 1, 12).tolist():
@@ -535,5 +587,18 @@ def test_what_is_refused():
     refused(lambda: hessian_norm_on_ball(model, x, y, 0.1, scales={"head.*": -1.0}), "scales")
     refused(lambda: hessian_norm_on_ball(model, x, y, 0.1, directions={"head.bias": torch.zeros(2)}), "directions")
     refused(lambda: hessian_norm_on_ball(model, x * math.nan, y, 0.1), "NaN")
+    refused(lambda: hessian_norm_on_ball(model, x, y, 0.1, scales={"hed.*": 5.0}), "hed")
+    refused(lambda: hessian_norm_on_ball(model, x, y + 7, 0.1), "classes")
+    refused(lambda: hessian_norm_on_ball(model, x[..., None, :, :, 0], y, 0.1), "shape")
+    refused(lambda: hessian_norm_on_ball(model, x, y, 0.1, factors=(0.5,)), "factors")
+    line = {"head.bias": torch.ones(1, 3)}
+    refused(lambda: hessian_norm_on_ball(model, x, y, 0.1, parameters=["head.*"], directions=line), "parameters")
+    refused(
+        lambda: hessian_norm_on_ball(model, x, y, 0.1, directions={"head.bias": math.nan * torch.ones(1, 3)}), "finite"
+    )
+    bias = {"head.bias": torch.ones(3)}
+    refused(lambda: certified_path(model, x, y, [{}, {}]), "length")
+    refused(lambda: certified_path(model, x, y, [{}, {"head.bias": math.nan * torch.ones(3)}]), "length")
+    refused(lambda: certified_path(model, x, y, [{}, bias], parameters=["blocks.*"], tube=True), "tube")
     refused(lambda: certified_path(model, x, y, [{}, {}], factor=1.0), "factor")
     refused(lambda: certified_path(model, x, y, [{}, {"nothing": x}]), "named_parameters")

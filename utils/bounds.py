@@ -12,9 +12,9 @@ Symbols follow the paper: N tokens, d width, H heads, d_h = d/H, K classes, `rho
 ||.|| is the spectral norm, |.| the Euclidean (Frobenius) norm. Weight and bias of one linear map are one
 group [W b], so are gamma and beta of one LayerNorm. Everything is float64; each bound is a sum of products
 of nonnegative numbers, so that rounding costs a relative 1e-11 at most and `ROUNDING` covers it. An
-overflow gives inf, which is still a bound. The rounding of the measured activations is not covered. Closed form and
-prior become much smaller with norms `measured_norms` over a data set (prop:measured). An `MLP` has the rungs prior,
-activations (prop:connected) and majorant.
+overflow gives inf, which is still a bound, or an error. The rounding of the measured activations is not covered.
+Closed form and prior become much smaller with norms `measured_norms` over a data set (prop:measured). An `MLP` has the
+rungs prior, activations (prop:connected) and majorant.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def softmax_second(first: Tensor) -> Tensor:
     return (math.sqrt(2) * first).clamp(max=SOFTMAX_SECOND)
 
 
-def _softmax_moved(first: Tensor, moved: Tensor) -> Tensor:
+def softmax_moved(first: Tensor, moved: Tensor) -> Tensor:
     """>= ||Ds|| at logits within `moved` of those where it is `first`. Source: Lemma 1 (lem:softmax), part (iii)."""
     near = torch.minimum(first + SOFTMAX_SECOND * moved, first * (math.sqrt(2) * moved).exp())
     return near.nan_to_num(nan=math.inf).clamp(max=SOFTMAX_FIRST)
@@ -185,7 +185,7 @@ class Jet:
 
     def smooth(self, first, second) -> Jet:
         """The jet after a map with ||D|| <= first, ||D^2|| <= second."""
-        return Jet(_over(first, 1) * self.a, _over(first, 2) * self.B + _over(second, 2) * _outer(self.a, self.a))
+        return Jet(_over(first, 1) * self.a, _over(first, 2) * self.B + _over(second, 2) * outer(self.a, self.a))
 
     @staticmethod
     def of(inputs: list[Jet], first: list, second: dict[tuple[int, int], object]) -> Jet:
@@ -193,7 +193,7 @@ class Jet:
         out = [jet.linear(c) for jet, c in zip(inputs, first, strict=True)]
         a, B = sum(j.a for j in out), sum(j.B for j in out)
         for (i, j), c in second.items():
-            cross = _outer(inputs[i].a, inputs[j].a)
+            cross = outer(inputs[i].a, inputs[j].a)
             B = B + _over(c, 2) * (cross if i == j else cross + cross.mT)
         return Jet(a, B)
 
@@ -212,7 +212,7 @@ class Jet:
         """
         a = _over(norm_self, 1) * other.a + _over(norm_other, 1) * self.a
         B = _over(norm_self, 2) * other.B + _over(norm_other, 2) * self.B
-        cross = _outer(self.a, other.a)
+        cross = outer(self.a, other.a)
         return Jet(a, B + _over(form, 2) * (cross + cross.mT))
 
 
@@ -220,7 +220,7 @@ def _over(c, dims: int):
     return c.reshape(c.shape + (1,) * dims) if isinstance(c, Tensor) and c.ndim else c
 
 
-def _outer(u: Tensor, v: Tensor) -> Tensor:
+def outer(u: Tensor, v: Tensor) -> Tensor:
     return u[..., :, None] * v[..., None, :]
 
 
@@ -362,7 +362,7 @@ def _attention_data(att, X, queries, R=0.0, moved=0.0, moved_query=0.0, prior=No
     dV = X1 * R + W["W_V"] * moved
     Q_ball = at_most("Q", q + dQ)
     dT = (Q_ball * dK + k * dQ) / math.sqrt(d_h)
-    first = at_most("softmax1", _softmax_moved(softmax_first(A).amax((1, 2)), dT))
+    first = at_most("softmax1", softmax_moved(softmax_first(A).amax((1, 2)), dT))
     dA = _least(first * dT, math.sqrt(2 * H * queries.shape[1]))
     V_ball = at_most("V", v + dV)
     sigma_K, sigma_V, covariance = covariances(A, K, V)
@@ -618,7 +618,7 @@ def _loss_norms(f: Tensor, y: Tensor, loss: str, moved: Tensor) -> dict:
         target = torch.nn.functional.one_hot(y, K).to(f.dtype)
         return {"r_hat": 2 / K * ((f - target).norm(dim=-1) + moved), "S_hat": 2 / K}
     r, S = cross_entropy_norms(f, y)
-    S = _softmax_moved(S, moved)
+    S = softmax_moved(S, moved)
     near = torch.fmin(r + S * moved, r * (math.sqrt(2) * moved).exp())
     return {"r_hat": near.clamp(max=CROSS_ENTROPY_FIRST), "S_hat": S}
 
@@ -904,6 +904,8 @@ def lora(norm_adapted: float, gradient_norms, adapters, scale: float = 1.0, othe
     max_j scale^2 (||A_j||^2 + ||B_j||^2) norm_adapted + max_j scale ||dl/dW_j||, the factor at least 1 with `others`.
     Source: Lemma (lem:lora).
     """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}: give a finite number > 0 (its sign can go into B).")
     factor = max(scale**2 * float(_spectral(A) ** 2 + _spectral(B) ** 2) for A, B in adapters)
     factor = max(factor, 1.0) if others else factor
     return (factor * norm_adapted + scale * max(map(float, gradient_norms))) * ROUNDING
@@ -987,7 +989,8 @@ def hessian_norm_bounds(
     probability `confidence`, 0.95 if none is given; all others always.
     radius: with radius > 0 the values hold for all weights within that Euclidean distance of the model's, all
     groups moving together (the first three rungs). parameters: name patterns (fnmatch) that select the weights; a
-    group counts as a whole if one of its parameters matches, which can only enlarge the bound.
+    group counts as a whole if one of its parameters matches, which can only enlarge the bound (but in the rungs by
+    products, which take the parameters that match).
     variance_floor: an ASSUMED lower bound of every LayerNorm's rho = sqrt(variance + eps) at every token of every
     sample and for all weights of the ball (closed_form and prior). Nothing here checks it, and where it fails
     the values need not be bounds; without it rho >= sqrt(eps), which always holds.
@@ -1012,7 +1015,8 @@ def hessian_norm_bounds(
         found = by_products(model, x, y, loss, parameters=parameters, **options)
         terms = {name: _float64(t) for name, t in found.items()}
         values = terms.pop("M")
-        return Bound(rung, values, groups, None, terms | {"log10": values.log10()})
+        kept = [groups[g] for g in _kept(twin, groups, parameters)]
+        return Bound(rung, values, kept, None, terms | {"log10": values.log10()})
     if rung in forms.SMALL_MATRIX:
         kept = [groups[g] for g in _kept(twin, groups, parameters)]
         names = [name for name, _ in twin.named_parameters() if forms.group_of(name) in kept]
@@ -1051,7 +1055,7 @@ def _small_matrix(model, x, y, loss, rung, radius, floor, measured, keep) -> tup
     f = (_connected_jets if type(model) is MLP else _jets)(model, norms, x)["f"]
     r, S = (_float64(norms[name]).expand(len(x)) for name in ("r_hat", "S_hat"))
     a, B = f.a[:, keep].cpu(), f.B[:, keep][:, :, keep].cpu()
-    blocks = _never_nan((_over(r, 2) * B + _over(S, 2) * _outer(a, a)) * ROUNDING)
+    blocks = _never_nan((_over(r, 2) * B + _over(S, 2) * outer(a, a)) * ROUNDING)
     terms = {name: _float64(value).expand(len(x)) for name, value in norms.items()}
     D, E = _never_nan(a).norm(dim=-1), _norm_of_nonnegative(_never_nan(B))
     return blocks, terms | {"D": D, "E": E, "growth": _growth(model, norms, len(x))}
@@ -1089,14 +1093,9 @@ def _check_radius(radius: float) -> None:
         raise ValueError(f"radius is {radius}: give a finite number >= 0.")
 
 
-def _check(model, x, y, loss, rung, radius, parameters, floor) -> None:
-    _check_model(model)
-    _check_radius(radius)
+def check_samples(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """ValueError unless x, y are inputs and classes of the model, and all numbers finite."""
     c = model.config
-    if rung not in RUNGS:
-        raise ValueError(f"rung is {rung!r}: choose one of {', '.join(RUNGS)}.")
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
     shape = (c.d_in,) if type(model) is MLP else (c.channels, c.image_size, c.image_size)
     inputs = x.flatten(1).shape[1:] if type(model) is MLP and x.ndim else x.shape[1:]
     if tuple(inputs) != shape or x.shape[0] == 0 or y.shape != x.shape[:1]:
@@ -1108,6 +1107,17 @@ def _check(model, x, y, loss, rung, radius, parameters, floor) -> None:
         raise ValueError(f"y has to hold integer classes from 0 to {c.n_classes - 1}: map the labels to them.")
     if not all(bool(t.isfinite().all()) for t in (x, *model.parameters())):
         raise ValueError("The images or the weights hold NaN or infinity: remove them and run again.")
+
+
+def _check(model, x, y, loss, rung, radius, parameters, floor) -> None:
+    _check_model(model)
+    _check_radius(radius)
+    c = model.config
+    if rung not in RUNGS:
+        raise ValueError(f"rung is {rung!r}: choose one of {', '.join(RUNGS)}.")
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+    check_samples(model, x, y)
     if type(model) is MLP and (rung == "closed_form" or floor is not None):
         raise ValueError("An MLP has no closed form and no LayerNorm: use rung 'prior' without variance_floor.")
     if rung == "closed_form" and (c.norm != "pre" or loss != "cross_entropy"):

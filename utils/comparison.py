@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from utils import bounds, calculus
 from utils.calculus import Step
+from utils.forms import spectral
 from utils.models import LOSSES, ViT, prepared_copy
 
 SOFTMAX_THIRD = 0.5  # >= ||D^3 s||, attained; also <= 2 ||Ds||. Source: Lemma (lem:third)
 LAYER_NORM_THIRD = 3.0  # >= d rho^3 ||D^3 n||, attained. Source: Lemma (lem:third)
-ACTIVATION_THIRD = {"gelu": 0.77877, "gelu_tanh": 0.77670}  # >= |act'''|. Source: Lemma (lem:third)
 GROWTH = 0.03  # a step of the integration may raise the rate of ||H|| by about twice this share
 
 
@@ -152,19 +152,9 @@ def _stacked(parts: tuple[Tensor | None, ...], counts: list[int]) -> Tensor | No
     return torch.cat([some.new_zeros(n, *some.shape[1:]) if t is None else t for t, n in zip(parts, counts)])
 
 
-def _norms(M: Tensor) -> Tensor:
-    """||M_p|| of matrices (parts, a, b), by the smaller Gram matrix, scaled to entries <= 1."""
-    if M.shape[1] == 0 or M.shape[2] == 0:
-        return M.new_zeros(len(M))
-    scale = M.abs().amax((1, 2)).clamp_min(torch.finfo(M.dtype).tiny)
-    M = M / scale[:, None, None]
-    gram = M @ M.mT if M.shape[1] < M.shape[2] else M.mT @ M
-    return torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0).sqrt() * scale
-
-
 def _part_norms(t: Tensor) -> Tensor:
     """||s -> part|| of tangents (B, parts, entries): (parts,)."""
-    return _norms(t.transpose(0, 1))
+    return spectral(t.transpose(0, 1))
 
 
 def _coupling(t: Tensor) -> Tensor:
@@ -174,7 +164,7 @@ def _coupling(t: Tensor) -> Tensor:
     """
     t = t.transpose(0, 1)  # (parts, B, a, b)
     shapes = (t.flatten(2), t.flatten(1, 2), t.transpose(2, 3).flatten(1, 2))
-    return torch.stack([_norms(M) for M in shapes]).amin(0).max()
+    return torch.stack([spectral(M) for M in shapes]).amin(0).max()
 
 
 # --- the centre -----------------------------------------------------------------------------------------
@@ -283,7 +273,7 @@ class System:
             Lz = L[:, z_source]
             weak = self.weak[z] + (moved_L[:, z_source] if self.rows[z] is None else moved_L[:, None, z_source])
             if self.rows[z] is None:  # a product: |x'||y''| + |x''||y'|
-                K = torch.minimum(_pairs(joint, joint), _pairs(first, second) + _pairs(second, first))
+                K = torch.minimum(bounds.outer(joint, joint), bounds.outer(first, second) + bounds.outer(second, first))
                 weak = torch.minimum(weak, Lz)
                 dL += _symmetric(weak[..., None] * K[:, :1]) + weak[:, 0, None, None] * K
             else:
@@ -294,23 +284,19 @@ class System:
                 )
                 second, third = _constants(step, self.d, local, next(ways))
                 bent = (second[..., None] * rows).amax(1)
-                K = torch.minimum(_pairs(bent, joint), _pairs(joint, bent))
+                K = torch.minimum(bounds.outer(bent, joint), bounds.outer(joint, bent))
                 weak = (second[..., None] * torch.minimum(weak, Lz[:, None])).amax(1)
-                both = _pairs(joint, joint)
+                both = bounds.outer(joint, joint)
                 dL += _symmetric(torch.minimum(Lz[..., None] * K[:, :1], weak[..., None] * both[:, :1]))
                 dL += torch.minimum(Lz[:, 0, None, None] * K, weak[:, 0, None, None] * both)
                 bent = ((third * adjoint)[..., None] * rows).amax(1)
-                one = torch.minimum(_pairs(bent, joint), _pairs(joint, bent)) * joint[:, :1, None]
+                one = torch.minimum(bounds.outer(bent, joint), bounds.outer(joint, bent)) * joint[:, :1, None]
                 dL += torch.minimum(one, both * bent[:, :1, None])
                 dways.append(rows[..., 0])
             K0.append(K[:, 0])
         dF = F[..., self.offset :] @ torch.stack(K0, 1)[:, None]
         dadjoint = L[:, self.offset :, 0]
         return torch.cat([dL.flatten(1), dF.flatten(1), dadjoint, *dways], 1)
-
-
-def _pairs(u: Tensor, v: Tensor) -> Tensor:
-    return u[..., :, None] * v[..., None, :]
 
 
 def _symmetric(M: Tensor) -> Tensor:
@@ -324,7 +310,7 @@ def _constants(step: Step, d: int, local: Tensor, way: Tensor) -> tuple[Tensor, 
     """
     node = step.node
     if isinstance(node, calculus.Activation):
-        third = ACTIVATION_THIRD[node.name]
+        third = bounds.ACTIVATION_THIRD[node.name]
         return (local + third * way).clamp(max=bounds.ACTIVATION_BOUNDS[node.name][1]), torch.full_like(way, third)
     if isinstance(node, calculus.Normalisation):
         rho = (local - way / math.sqrt(d)).clamp(min=math.sqrt(node.eps))
@@ -333,8 +319,7 @@ def _constants(step: Step, d: int, local: Tensor, way: Tensor) -> tuple[Tensor, 
     if isinstance(node, calculus.SquaredError):
         return local, torch.zeros_like(way)
     # ||Ds|| changes by sqrt(6)/9 |t'| at most, and by a factor e^{max t' - min t'}
-    first = torch.minimum(local + bounds.SOFTMAX_SECOND * way, local * (math.sqrt(2) * way).exp())
-    first = first.clamp(max=bounds.SOFTMAX_FIRST)
+    first = bounds.softmax_moved(local, way)
     second = bounds.softmax_second(first)
     if isinstance(node, calculus.CrossEntropy):  # the gradient in the logits is a softmax less a constant
         return first, second
@@ -386,7 +371,7 @@ class _Measurement:
                 if s == t:
                     self.system.L[0, s, s] = torch.linalg.eigvalsh((gradient + gradient.mT) / 2).abs().max()
                 else:
-                    self.system.L[0, s, t] = self.system.L[0, t, s] = _norms(gradient[None])[0]
+                    self.system.L[0, s, t] = self.system.L[0, t, s] = spectral(gradient[None])[0]
         for z, step in enumerate(self.bent[:-1]):
             shape = values[step.output].shape[1:]
             units = torch.eye(shape.numel(), dtype=x.dtype, device=x.device).reshape(-1, *shape)
@@ -426,7 +411,7 @@ class _Measurement:
         norms = F.new_zeros(1) if first is None else _part_norms(first)
         if rows is not None:
             if first is not None:
-                F[0], rows[0][0, :, s] = _norms(first.flatten(1)[None])[0], norms
+                F[0], rows[0][0, :, s] = spectral(first.flatten(1)[None])[0], norms
             return
         scales = self.weights[s].scales if s < len(self.weights) and self.weights[s].given is None else {}
         orthogonal = step.inputs[1] in scales  # a factor that is itself a coordinate of the weights
@@ -443,7 +428,7 @@ class _Measurement:
     def fill_adjoint(self, s: int, z: int, step: Step, moved: Tensor) -> None:
         L, o = self.system.L, len(self.weights)
         if s <= z + o:
-            L[0, z + o, s] = L[0, s, z + o] = _norms(moved.flatten(1)[None])[0]
+            L[0, z + o, s] = L[0, s, z + o] = spectral(moved.flatten(1)[None])[0]
         parts = _matrices_of(step, moved)
         product = self.system.rows[z] is None
         self.system.weak[z][0, ..., s] = _coupling(parts) if product else _part_norms(parts.flatten(2))
@@ -461,6 +446,8 @@ def integrate(rates: Callable[[Tensor], Tensor], u: Tensor, radii, at: int = 0, 
     (n, len(factors)). Where no step is found, or u[:, at] passes `ceiling` times its start, the bounds are inf.
     Source: Theorem (thm:comparison).
     """
+    if not all(1 <= factor < math.inf for factor in factors):
+        raise ValueError(f"factors are {factors}: give finite numbers >= 1.")
     radii = torch.as_tensor(radii, dtype=u.dtype, device=u.device)
     limits = torch.as_tensor(factors, dtype=u.dtype, device=u.device) * u[:, at, None]
     values, reached = u.new_full((len(u), len(radii)), torch.inf), u.new_zeros(len(u), len(factors))
@@ -472,14 +459,15 @@ def integrate(rates: Callable[[Tensor], Tensor], u: Tensor, radii, at: int = 0, 
     rate = rates(u)
     while going.any():
         guess = rate
-        for _ in range(3):
+        for _ in range(12):
             v = u + (1 + GROWTH) * h[:, None] * guess
             found = rates(v)
             guess = torch.maximum(guess, found)
             enclosed = (u + h[:, None] * found * (1 + 1e-13) <= v).all(1) & found.isfinite().all(1)
             if enclosed[going].all():
                 break
-        good = going & enclosed & (found[:, at] <= (1 + 2 * GROWTH) * rate[:, at])
+        slow = (found[:, at] <= (1 + 2 * GROWTH) * rate[:, at]) | (rate[:, at] == 0)  # any step leaves rest
+        good = going & enclosed & slow
         for k, radius in enumerate(radii.tolist()):
             inside = good & (r < radius) & (radius <= r + h)
             values[inside, k] = u[inside, at] + (radius - r[inside]) * found[inside, at]
@@ -529,12 +517,14 @@ def comparison_system(
     chunk: int = 256,
 ) -> System:
     """The unknowns of all samples at the model's weights; arguments as in `hessian_norm_on_ball`."""
-    _check(model, x, y, loss, directions, scales, whole)
+    _check(model, x, y, loss, parameters, directions, scales, whole)
     twin = prepared_copy(model)
     point = {name: p.detach() for name, p in twin.named_parameters()}
     x = calculus.data_of(twin, x.to(next(iter(point.values())).device, torch.float64))
     chosen = {name: 1.0 for name in point if parameters is None or any(fnmatchcase(name, p) for p in parameters)}
     for pattern, scale in (scales or {}).items():
+        if not any(fnmatchcase(name, pattern) for name in chosen):
+            raise ValueError(f"scales names {pattern!r}, and no parameter that moves matches it.")
         chosen |= {name: float(scale) for name in chosen if fnmatchcase(name, pattern)}
     if not chosen:
         raise ValueError(f"No parameter matches {parameters}: take patterns from the model's named_parameters.")
@@ -637,10 +627,16 @@ def certified_path(
     start = {name: p.detach().clone() for name, p in twin.named_parameters()}
     if any(name not in start or t.shape != start[name].shape for point in points for name, t in point.items()):
         raise ValueError("A point does not fit the model: give tensors by the names of its named_parameters.")
+    if tube and parameters is not None:
+        outside = [n for n in {n for p in points for n in p} if not any(fnmatchcase(n, p) for p in parameters)]
+        if any(not torch.equal(p.get(n, start[n]), start[n].to(p.get(n, start[n]))) for p in points for n in outside):
+            raise ValueError("The path leaves the parameters of its tube: let tube be False, or name all that move.")
     points = [start | {name: t.detach().to(start[name]) for name, t in point.items()} for point in points]
     largest = torch.zeros(len(x), dtype=torch.float64)
     positions, radii, done, measured, complete = [], [], 0.0, 0, True
     lengths = [sum((b[n] - a[n]).square().sum().item() for n in a) ** 0.5 for a, b in itertools.pairwise(points)]
+    if not 0 < sum(lengths) < math.inf:
+        raise ValueError(f"The path has length {sum(lengths)}: give different, finite points.")
     for (a, b), length in zip(itertools.pairwise(points), lengths):
         covered, gap = 0.0, 0.0
         if length == 0 or not complete:
@@ -669,7 +665,7 @@ def certified_path(
     return PathCertificate(largest, torch.tensor(positions), torch.tensor(radii), done, sum(lengths), measured)
 
 
-def _check(model, x, y, loss, directions, scales, whole) -> None:
+def _check(model, x, y, loss, parameters, directions, scales, whole) -> None:
     if not calculus.known(model):
         raise ValueError(
             f"The comparison system knows only the networks of utils.models as they are, not {type(model).__name__}: "
@@ -681,17 +677,20 @@ def _check(model, x, y, loss, directions, scales, whole) -> None:
         raise ValueError("A LayerNorm has eps = 0, so its derivatives are unbounded: give the model a positive eps.")
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
-    if len(x) == 0 or y.shape != x.shape[:1] or y.is_floating_point():
-        raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}: give inputs and one class each.")
-    if not all(bool(t.isfinite().all()) for t in (x, *model.parameters())):
-        raise ValueError("The inputs or the weights hold NaN or infinity: remove them and run again.")
+    bounds.check_samples(model, x, y)
     if any(not 0 <= scale < math.inf for scale in (scales or {}).values()):
         raise ValueError(f"scales are {scales}: give finite numbers >= 0.")
+    if directions is not None and parameters is not None and not whole:
+        raise ValueError("The Hessian is that along the directions: leave parameters out, or give whole=True.")
     if directions is None:
         if whole:
             raise ValueError("whole=True asks for directions that differ from the Hessian's weights: give directions.")
         return
     shapes = {name: p.shape for name, p in model.named_parameters()}
     counts = {len(t) for t in directions.values()}
-    if len(counts) != 1 or 0 in counts or any(t.shape[1:] != shapes.get(name) for name, t in directions.items()):
-        raise ValueError("directions do not fit: give tensors (q, *shape) by parameter name, with one q for all.")
+    if (
+        len(counts) != 1
+        or 0 in counts
+        or any(t.shape[1:] != shapes.get(name) or not bool(t.isfinite().all()) for name, t in directions.items())
+    ):
+        raise ValueError("directions do not fit: give finite tensors (q, *shape) by parameter name, one q for all.")

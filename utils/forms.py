@@ -489,6 +489,8 @@ def deflated(model, x, y, loss="cross_entropy", *, products=64, rounds=4, seed=0
         raise ValueError(
             "The deflated rung knows only the networks of utils.models, as they are: use the certified norm."
         )
+    if products < 1 or rounds < 1:
+        raise ValueError(f"products is {products} and rounds {rounds}: give numbers of at least 1.")
     groups = list(dict.fromkeys(map(group_of, losses.point)))
     parts = []
     with torch.no_grad():
@@ -565,6 +567,8 @@ def majorant(
     losses = curvature.Losses(model, x, y, loss, **options)
     if losses.steps is None:
         raise ValueError("The majorant knows only the networks of utils.models, as they are: use the certified norm.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: give a number between 0 and 1.")
     failure, parts = (1 - confidence) / losses.n, []
     for rows in torch.arange(losses.n, device=losses.x.device).split(losses.chunk(max_steps + 4)):
         operator = curvature.SampleHessians(losses, rows, "majorant")
