@@ -155,6 +155,28 @@ def test_a_killed_stage_leaves_what_was_there(every_schema):
     runs.begin("02", p("02"))  # the lock went with the process
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_sentence_and_loses_nothing(every_schema, monkeypatch):
+    make("01")
+    before, write = snapshot(), Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda path, text: write(Path("/dev/full"), text))
+    begun = runs.begin("01", p("01"))
+    begun.write_npz("dataset.npz", x=np.zeros(3))
+    words = (
+        r"^dataset.json of run 'a' cannot be written \(no space left on device\): make room, or the folder writable; "
+    )
+    with pytest.raises(OSError, match=words):
+        begun.write_json("dataset.json", {"value": 2})
+    assert {k: v for k, v in snapshot().items() if not k.name.endswith(".tmp")} == before
+    assert not list(Path("data").rglob("*dataset.json.tmp"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence():
+    Path("data/runs/a/.lock").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"^run 'a' cannot be written \(is a directory\): make room, "):
+        runs.begin("01", p("01"))
+
+
 def test_a_kill_between_two_renames_is_noticed(every_schema, monkeypatch):
     make("01")
     begun = runs.begin("01", p("01"))

@@ -308,14 +308,27 @@ class _Checked:
         return found
 
 
+@contextmanager
+def _writable(what: str):
+    """OSError with one sentence where the block cannot write: a full disk, a folder without permission."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise OSError(
+            f"{what} cannot be written ({reason}): make room, or the folder writable; what was there is kept."
+        ) from None
+
+
 _held: dict[Path, int] = {}  # locks of this process: a notebook that is run again takes its own lock over
 
 
 def _lock(folder: Path, label: str, wait_s: float) -> None:
     path = (folder / ".lock").resolve()
     _unlock(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, start = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic()
+    with _writable(label):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, start = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic()
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -395,38 +408,42 @@ class Stage:
 
     # writing
 
-    def _temporary(self, file: str) -> Path:
+    @contextmanager
+    def _writing(self, file: str):
+        """A temporary path for the block to write; OSError with one sentence, and nothing left, if it cannot."""
         if file not in STAGES[self.stage][1]:
             raise ValueError(f"{file} is not a file of notebook {self.stage}: add it to STAGES in utils/runs.py.")
-        self.target.mkdir(parents=True, exist_ok=True)
-        return self.target / f".{self.stage}.{file}.tmp"
+        path = self.target / f".{self.stage}.{file}.tmp"
+        try:
+            with _writable(f"{file} of run {self.run!r}"):
+                self.target.mkdir(parents=True, exist_ok=True)
+                yield path
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        self.written[file] = path
 
     def write_npz(self, file: str, **arrays: np.ndarray) -> None:
         """Arrays by name (uncompressed; the same arrays give the same bytes)."""
-        path = self._temporary(file)
-        with open(path, "wb") as f:
+        with self._writing(file) as path, open(path, "wb") as f:
             np.savez(f, **arrays)
-        self.written[file] = path
 
     def write_json(self, file: str, value) -> None:
         """Numbers, text, lists and mappings; numpy scalars and arrays become numbers and lists."""
-        path = self._temporary(file)
-        path.write_text(_as_json(value))
-        self.written[file] = path
+        with self._writing(file) as path:
+            path.write_text(_as_json(value))
 
     def write_csv(self, file: str, frame: pd.DataFrame) -> None:
         """A table; its columns have to be those of `SCHEMAS[file]`, in any order."""
-        path = self._temporary(file)
-        write_table(path, file, frame)
-        self.written[file] = path
+        with self._writing(file) as path:
+            write_table(path, file, frame)
 
     def write_safetensors(self, file: str, tensors: dict) -> None:
         """Tensors by name, copied to the CPU."""
         from safetensors.torch import save
 
-        path = self._temporary(file)
-        path.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-        self.written[file] = path
+        with self._writing(file) as path:
+            path.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
     def finish(self) -> None:
         """Publish every file, then run.json, and give the lock back. Raises ValueError if a file is missing.
@@ -451,7 +468,7 @@ class Stage:
             os.replace(path, self.target / file)
         self.written = {}
         stages = record_of(self.run) | {self.stage: entry}
-        with atomic(self.folder / "run.json") as path:
+        with _writable(f"run.json of run {self.run!r}"), atomic(self.folder / "run.json") as path:
             path.write_text(_as_json({"run": self.run, "stages": dict(sorted(stages.items()))}))
         _unlock(self.folder)
 

@@ -1,0 +1,197 @@
+"""Do studies survive? `make check-batches`: kills, failures, full disks, two at once, many runs.
+
+Each part works on a copy of the tree with a study of tiny runs and says what it saw; the script exits with 1 if a
+promise was broken. `kill` and `together` compare all result files with those of an undisturbed study byte for byte,
+but for the times in run.json and the stamps inside executed notebooks and figures. About ten minutes on two cores,
+`many` (200 runs through notebooks 01 and 02) another twenty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from execution import ENVIRONMENT, TINY, tree
+
+PARTS = ("kill", "failure", "disk", "together", "many")
+SMALL = TINY | {"n_samples": 200, "n_weights": 2, "plane_points": 2, "retrain_sizes": [], "radii": [1e-2]}
+
+
+def study(folder: Path, runs: dict[str, dict]) -> Path:
+    path = folder / "studies" / "batch.yaml"
+    entries = [{"run": run, "parameters": SMALL | values} for run, values in runs.items()]
+    path.write_text(yaml.safe_dump({"name": "batch", "runs": entries}))
+    return folder
+
+
+def command(cores: int, *options: str) -> list[str]:
+    shared = ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "all"]
+    snakemake = [sys.executable, "-m", "snakemake", "--cores", str(cores), *shared, *options]
+    return [*snakemake, "--config", "study=studies/batch.yaml"]
+
+
+def snakemake(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(2, *options), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Every file of data and figures, without what differs between two equal runs."""
+    found = {}
+    for path in sorted([*(folder / "data").rglob("*"), *(folder / "figures").rglob("*")]):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or path.name == ".lock" or "/notebooks/" in name:
+            continue
+        found[name] = path.read_bytes()
+        if path.name == "run.json":
+            record = json.loads(found[name])
+            for entry in record["stages"].values():
+                entry.pop("wall_time_s")
+            found[name] = json.dumps(record).encode()
+        elif path.suffix == ".pdf":
+            found[name] = re.sub(rb"/(CreationDate|ID).*", b"", found[name])
+    return found
+
+
+def differences(a: dict, b: dict) -> list[str]:
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def kill(where: Path, times: int) -> bool:
+    """A study killed with SIGKILL, children and all, at random moments, and resumed."""
+    runs = {"one": {}, "two": {"seed": 2}}
+    calm, hunted = study(tree(where / "calm"), runs), study(tree(where / "hunted"), runs)
+    begun = time.monotonic()
+    assert snakemake(calm).returncode == 0
+    whole, moments = time.monotonic() - begun, random.Random(0)
+    for _ in range(times):
+        process = subprocess.Popen(command(2), cwd=hunted, env=ENVIRONMENT, start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        time.sleep(moments.uniform(0.5, max(4.0, 0.4 * whole)))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        orphans()
+        half = [f for f in (hunted / "data" / "runs").rglob("*.csv") if not f.read_bytes().endswith(b"\n")]
+        if half:
+            print(f"kill: half-written: {half}")
+            return False
+    last = snakemake(hunted)
+    different = differences(results(calm), results(hunted))
+    print(f"kill: {times} kills within {0.4 * whole:.0f} s each (undisturbed: {whole:.0f} s); end {last.returncode}; "
+          f"{len(results(calm))} files, different: {different or 'none'}", flush=True)  # fmt: skip
+    return last.returncode == 0 and not different
+
+
+def orphans() -> None:
+    """Kernels that outlived their papermill: they notice by themselves, and are waited for."""
+    for _ in range(100):
+        alive = subprocess.run(["pgrep", "-f", "ipykernel_launcher.*/hunted|ipykernel_launcher"], capture_output=True)
+        if not alive.stdout.strip():
+            return
+        time.sleep(0.2)
+
+
+def failure(where: Path) -> bool:
+    """One run of three cannot train; its notebook stays with the traceback, the others end."""
+    folder = study(
+        tree(where / "failure"), {"good": {}, "bad": {"learning_rate": 1e12, "epochs": 3}, "fine": {"seed": 3}}
+    )
+    done = snakemake(folder)
+    notebook = folder / "data/runs/bad/notebooks/02_model_training.ipynb"
+    traceback = notebook.is_file() and "Traceback" in notebook.read_text()
+    ended = [(folder / f"data/runs/{run}/sample_size.csv").is_file() for run in ("good", "fine")]
+    print(f"failure: exit {done.returncode}, traceback kept: {traceback}, others ended: {ended}", flush=True)
+    print("  " + "\n  ".join(line for line in done.stderr.splitlines() if line.startswith("bad")), flush=True)
+    return done.returncode != 0 and traceback and all(ended)
+
+
+def disk(where: Path) -> bool:
+    """A file system that fills, then one that is read-only: one sentence, nothing lost. Needs the right to mount."""
+    folder = study(tree(where / "disk"), {"one": {}})
+    assert snakemake(folder, "--until", "notebook_01").returncode == 0
+    kept, runs = where / "kept", folder / "data" / "runs"
+    shutil.copytree(runs, kept)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", runs], capture_output=True)
+    if mounted.returncode:
+        print("disk: no right to mount a small file system: skipped", flush=True)
+        return True
+    try:
+        shutil.copytree(kept, runs, dirs_exist_ok=True)
+        study(folder, {"one": {"n_samples": 1500}})
+        full = snakemake(folder, "--until", "notebook_01")
+        same = all(
+            (runs / "one" / f).read_bytes() == (kept / "one" / f).read_bytes() for f in ("dataset.npz", "run.json")
+        )
+        subprocess.run(["mount", "-o", "remount,ro", runs], check=True)
+        begin = "from utils import params, runs; runs.begin('01', params.DataPreparation.model_construct(run='one'))"
+        python = [sys.executable, "-c", begin]
+        readonly = subprocess.run(python, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    finally:
+        subprocess.run(["umount", runs], check=True)
+    said = [
+        re.search(r".*(cannot be written|[Nn]o space left|[Rr]ead-only).*", done.stderr) for done in (full, readonly)
+    ]
+    print(f"disk: full: exit {full.returncode}, {said[0] and said[0][0].strip()}; files as they were: {same}")
+    print(f"disk: read-only: exit {readonly.returncode}, {said[1] and said[1][0].strip()}", flush=True)
+    return full.returncode != 0 and readonly.returncode != 0 and same and all(said)
+
+
+def together(where: Path) -> bool:
+    """Two Snakemakes on one folder at once: both end, or one refuses, and the files are those of one alone."""
+    runs = {"one": {}, "two": {"seed": 2}}
+    alone, shared = study(tree(where / "alone"), runs), study(tree(where / "shared"), runs)
+    assert snakemake(alone).returncode == 0
+    both = [subprocess.Popen(command(1), cwd=shared, env=ENVIRONMENT | {"RUN_LOCK_WAIT": "300"},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]  # fmt: skip
+    codes = [process.wait() for process in both]
+    resumed = snakemake(shared)
+    different = differences(results(alone), results(shared))
+    print(
+        f"together: exits {codes}, a third afterwards {resumed.returncode}; different: {different or 'none'}",
+        flush=True,
+    )
+    return resumed.returncode == 0 and not different
+
+
+def many(where: Path, count: int) -> bool:
+    folder = study(tree(where / "many"), {f"r{i}": {"seed": i, "epochs": 1} for i in range(count)})
+    begun = time.monotonic()
+    done = snakemake(folder, "--until", "notebook_02")
+    ended = sum((folder / f"data/runs/r{i}/model.safetensors").is_file() for i in range(count))
+    print(
+        f"many: exit {done.returncode}, {ended} of {count} runs trained in {time.monotonic() - begun:.0f} s", flush=True
+    )
+    return done.returncode == 0 and ended == count
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="*", default=PARTS[:-1], choices=PARTS)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=200, help="of the part many")
+    arguments, kept = parser.parse_args(), True
+    for part in arguments.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("calm", "hunted", "failure", "disk", "alone", "shared", "many"):
+                (Path(folder) / name).mkdir()
+            more = {"kill": [arguments.kills], "many": [arguments.runs]}.get(part, [])
+            kept &= globals()[part](Path(folder), *more)
+    return int(not kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
