@@ -124,6 +124,9 @@ def test_verdicts_have_controls_and_no_proved_bound_fails(study):
     assert len(ours) >= 10 and "violated" not in set(ours["verdict"])
     published = verdicts[verdicts["whose"].str.contains("UH|CCG|CAP|P182")]
     assert (published["control"] != "").all()
+    concluded = verdicts[verdicts["verdict"].isin(["agrees", "differs", "holds", "violated", "proves nothing"])]
+    assert (concluded["control"] != "").all() and len(concluded) > 20
+    assert (verdicts.query("pooled == 'counts'")["trials"] > 0).all() and verdicts["low"].isna().any()
     again = table(study, "convergence.csv").query("experiment == 'retraining' and quantity == 'excess'")
     assert list(again["k"]) == [10, 20, 40] and (again["n"] == 2).all()
 

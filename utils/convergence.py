@@ -4,6 +4,8 @@ L_k(w) is the mean of the first k of n per-sample losses in a random order, S th
 (divisor n - 1), MAD their mean absolute deviation. At fixed weights L_{k+1} - L_k = (l_{k+1} - L_k)/(k+1)
 is an identity (prop:identity): its rate 1/k holds for every list of numbers and tests nothing.
 
+An interval by bootstrap needs FEWEST rows: from fewer there is none, and no verdict.
+
 Losses come as (n,) at one weight or as (m, n) at m weights: then squares and absolute values are averaged over the
 weights, and every exact statement holds for that average too (thm:neighbourhood).
 """
@@ -19,11 +21,14 @@ import pandas as pd
 import torch
 from scipy.signal import lfilter
 from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.stats import binomtest
 from scipy.stats import t as student
 from torch import Tensor, nn
 
 from utils import training
 from utils.curvature import Losses, SampleHessians, hessian_norm, operator_norm
+
+FEWEST = 20  # rows of a bootstrap: of 10 the "95 %" percentile interval of a mean misses far more than 1 in 20
 
 
 def random_orders(n: int, n_orders: int, seed: int = 0) -> np.ndarray:
@@ -54,22 +59,14 @@ def loss_steps(losses, orders=None, batch: int = 1) -> np.ndarray:
     return (coming - running_means(losses, orders)[:, : len(k)]) * (batch / (k + batch))
 
 
-def distance_to_limit(losses, orders=None) -> np.ndarray:
-    """L_k - L_n, k = 1 .. n, as (n_orders, n); the last column is 0 by definition."""
-    mean = running_means(losses, orders)
-    return mean - mean[:, -1:]
-
-
 @dataclass(frozen=True)
 class ExpectedSteps:
-    """Exact statements about |L_{k+1} - L_k| over random orders, for k = 1 .. n-1 (arrays of length n-1).
+    """The bracket [mean_low, mean_high] of E|L_{k+1} - L_k| over random orders, for k = 1 .. n-1 (arrays).
 
-    rms is exact; the mean lies in [mean_low, mean_high]. One loss that differs from the rest attains the
-    lower end at every k; the two ends meet at k = n-1.
+    One loss that differs from the rest attains the lower end at every k; the two ends meet at k = n-1.
     """
 
     k: np.ndarray
-    rms: np.ndarray
     mean_low: np.ndarray
     mean_high: np.ndarray
 
@@ -92,7 +89,7 @@ def expected_rms(losses, batch: int = 1) -> np.ndarray:
 
 
 def expected_steps(losses) -> ExpectedSteps:
-    """E(L_{k+1}-L_k)^2 = S^2/(k(k+1)) and the bracket of E|L_{k+1}-L_k|, for a uniform order of a pool of n losses.
+    """The bracket of E|L_{k+1}-L_k|, for a uniform order of a pool of n losses.
 
     Source: Proposition (prop:rate). Any pool, random numbers included.
     """
@@ -101,7 +98,7 @@ def expected_steps(losses) -> ExpectedSteps:
     k, S = np.arange(1, n), losses.std(1, ddof=1).mean()
     mad = n / (n - 1) * np.abs(losses - losses.mean(1, keepdims=True)).mean()
     high = (mad + S * np.sqrt(1 / k - 1 / (n - 1))) / (k + 1.0)
-    return ExpectedSteps(k, expected_rms(losses), mad / (k + 1.0), high)
+    return ExpectedSteps(k, mad / (k + 1.0), high)
 
 
 def expected_distance(losses, target=None) -> np.ndarray:
@@ -126,41 +123,57 @@ def smoothed(values, factor: float) -> np.ndarray:
 
 
 def log_grid(low: int, high: int, points: int) -> np.ndarray:
-    """About `points` distinct integers from low to high, equally spaced in log k."""
-    return np.unique(np.round(np.geomspace(low, high, points)).astype(int))
+    """About `points` distinct integers from low (or from high, if that is smaller) to high, equally spaced in log k."""
+    if high < 1:
+        raise ValueError(f"The sizes k end at {high}: give more samples, or a batch smaller than their number.")
+    return np.unique(np.round(np.geomspace(min(low, high), high, points)).astype(int))
+
+
+def _weights(rows: np.ndarray, seed: list[int], draws: int) -> np.ndarray:  # (draws, r): how often a row is drawn / r
+    return np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws) / len(rows)
 
 
 def bootstrap_mean(rows: np.ndarray, seed: int = 0, draws: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over rows (r, m) with a 95 % percentile-bootstrap interval over rows: three arrays (m,)."""
-    generator = np.random.default_rng([seed, 7])
-    weights = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws) / len(rows)
-    low, high = np.quantile(weights @ rows, [0.025, 0.975], axis=0)
-    return rows.mean(0), low, high
+    """Mean over rows (r, m) with a 95 % percentile-bootstrap interval over rows: three arrays (m,).
 
-
-def log_log_slope(k: np.ndarray, rows: np.ndarray, seed: int = 0, draws: int = 400, root: bool = False):
-    """Least-squares slope of log(mean over rows) against log k, with a 95 % bootstrap interval over rows.
-
-    rows (r, m) are positive, one row an order; with `root` the square root of the mean is fitted (a
-    root mean square from squares). Returns (slope, low, high).
+    nan for both ends where there are fewer than FEWEST rows.
     """
-    generator = np.random.default_rng([seed, 11])
-    weights = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws) / len(rows)
-    means = np.vstack([rows.mean(0), weights @ rows])
+    mean = rows.mean(0)
+    if len(rows) < FEWEST:
+        return mean, np.full_like(mean, math.nan), np.full_like(mean, math.nan)
+    low, high = np.quantile(_weights(rows, [seed, 7], draws) @ rows, [0.025, 0.975], axis=0)
+    return mean, low, high
+
+
+def log_log_slope(k: np.ndarray, rows: np.ndarray, seed: int = 0, level: float = 0.95, root: bool = False):
+    """Least-squares slope of log(mean over rows) against log k, with a bootstrap interval over rows.
+
+    rows (r, m) are not negative, one row an order; with `root` the square root of the mean is fitted (a root mean
+    square from squares). Returns (slope, low, high): nan for the ends where there are fewer than FEWEST rows, for all
+    three where there is no slope (one k, or a mean of zero).
+    """
+    if len(k) < 2 or (rows.mean(0) <= 0).any():
+        return math.nan, math.nan, math.nan
+    means = rows.mean(0)[None]
+    if len(rows) >= FEWEST:  # ten draws beyond each end
+        means = np.vstack([means, _weights(rows, [seed, 11], round(20 / (1 - level))) @ rows])
     x = np.log(k) - np.log(k).mean()
-    slopes = (np.log(means) @ x) / (x @ x) * (0.5 if root else 1.0)
-    low, high = np.quantile(slopes[1:], [0.025, 0.975])
-    return slopes[0], low, high
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw of zeros only: no interval
+        slopes = (np.log(means) @ x) / (x @ x) * (0.5 if root else 1.0)
+        ends = np.quantile(slopes[1:], [(1 - level) / 2, (1 + level) / 2]) if len(slopes) > 1 else (math.nan, math.nan)
+    return slopes[0], *ends
 
 
 COLUMNS = ["k", "quantity", "value", "low", "high", "theory_low", "theory_high"]
 
 
-def measure_steps(losses, orders: np.ndarray, k: np.ndarray, seed: int = 0, batch: int = 1) -> pd.DataFrame:
+def measure_steps(
+    losses, orders: np.ndarray, k: np.ndarray, seed: int = 0, batch: int = 1, level: float = 0.95
+) -> pd.DataFrame:
     """|L_{k+b} - L_k| over the orders at each k: its mean, its rms, and (k = 0) the log-log slope of the rms.
 
-    Every value with its 95 % bootstrap interval over orders and, in theory_low and theory_high, what
-    (prop:rate) says: the bracket of the mean, the exact rms, the slope of the exact rms on the same k.
+    Every value with its 95 % bootstrap interval over orders (of the slope at `level`) and, in theory_low and
+    theory_high, what (prop:rate) says: the bracket of the mean, the exact rms, the slope of the exact rms on these k.
     A batch b > 1 has no bracket and so no mean.
     """
     losses = _pool(losses)
@@ -175,7 +188,7 @@ def measure_steps(losses, orders: np.ndarray, k: np.ndarray, seed: int = 0, batc
     square = bootstrap_mean(squares, seed)
     rows += [(at, "rms", *values) for at, *values in zip(k, *map(np.sqrt, square), exact, exact)]
     theory = log_log_slope(k, exact[None] ** 2, seed, root=True)[0]
-    rows.append((0, "slope", *log_log_slope(k, squares, seed, root=True), theory, theory))
+    rows.append((0, "slope", *log_log_slope(k, squares, seed, level, root=True), theory, theory))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -213,40 +226,61 @@ def measure_halves(losses, orders: np.ndarray, k: np.ndarray, seed: int = 0) -> 
 
 
 def verdict(low: float, high: float, theory_low: float, theory_high: float | None = None) -> str:
-    """Whether the measured interval meets the value, or the interval, of theory: "agrees" or "differs"."""
-    return "agrees" if low <= (theory_low if theory_high is None else theory_high) and theory_low <= high else "differs"
+    """Whether the measured interval meets the value, or the interval, of theory: "agrees" or "differs".
+
+    "cannot tell" where one of them is not there.
+    """
+    theory_high = theory_low if theory_high is None else theory_high
+    if np.isnan([low, high, theory_low, theory_high]).any():
+        return "cannot tell"
+    return "agrees" if low <= theory_high and theory_low <= high else "differs"
 
 
-def over_seeds(values: pd.Series, seeds: pd.Series) -> tuple[float, float, float]:
-    """Mean over seeds with its 95 % t interval; runs that share a seed share their random orders and count as one."""
+def over_seeds(values: pd.Series, seeds: pd.Series, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean over seeds with its t interval, none for fewer than 3; runs that share a seed share their random orders
+    and count as one."""
     means = values.groupby(seeds.to_numpy()).mean()
-    if len(means) < 2:
+    if len(means) < 3:
         return means.mean(), math.nan, math.nan
-    width = student.ppf(0.975, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
+    width = student.ppf((1 + level) / 2, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
     return means.mean(), means.mean() - width, means.mean() + width
 
 
 def pooled_verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts of many runs (the rows of verdicts.csv with a column `seed`) as one row a claim.
+    """The verdicts of many runs (the rows of verdicts.csv with a column `seed`) as one row a claim; `runs` counts.
 
-    A claim of one seed keeps its mean interval. Over several seeds the interval is `over_seeds`, at least as wide as
-    the allowance of a published number, and the verdict is taken anew where there is a value of theory; a bound
-    violated in one run is violated, and any other verdict is the list of those given. `runs` counts.
+    Its column `pooled` says how. "seeds": `over_seeds` (of fewer than 3 seeds the mean interval) and the verdict taken
+    anew, "proves nothing" if a control came out the same in one run. "counts": hits and trials are added, with an exact
+    95 % binomial interval. "largest": the largest value. "range": the median, from the least low to the greatest high.
+    A bound violated in one run is violated, and holds if its control failed in one; other verdicts are listed.
     """
-    pooled = []
+    rows = []
     for text, t in table.groupby("claim", sort=False):
+        how, given = t["pooled"].iloc[0], list(dict.fromkeys(t["verdict"]))
+        theory, trials = (t["theory_low"].mean(), t["theory_high"].mean()), int(t["trials"].sum())
         value, low, high = over_seeds(t["value"], t["seed"])
-        if math.isnan(low) or low == high:
+        if how == "counts":
+            hits = round((t["value"] * t["trials"]).sum())
+            value, (low, high) = hits / trials, binomtest(hits, trials).proportion_ci(0.95, "exact")
+        elif how in ("largest", "range"):
+            value, low, high = (
+                t["value"].max() if how == "largest" else t["value"].median(),
+                t["low"].min(),
+                t["high"].max(),
+            )
+        elif math.isnan(low):
             low, high = t["low"].mean(), t["high"].mean()
-        theory, given = (t["theory_low"].mean(), t["theory_high"].mean()), list(dict.fromkeys(t["verdict"]))
-        word = ", ".join(given)
-        if set(given) <= {"agrees", "differs"} and not math.isnan(low):
-            word = verdict(low, high, *theory)
-        elif "violated" in given:
+        word = ", ".join(w for w in given if w != "proves nothing" or "holds" not in given)
+        if "violated" in given:
             word = "violated"
+        elif how == "seeds" and set(given) <= {"agrees", "differs", "proves nothing", "cannot tell"}:
+            word = verdict(low, high, *theory)
+            word = "proves nothing" if word == "agrees" and "proves nothing" in given else word
         entry = {"claim": text, "whose": t["whose"].iloc[0], "value": value, "low": low, "high": high}
-        pooled.append(entry | {"theory_low": theory[0], "theory_high": theory[1], "verdict": word, "runs": len(t)})
-    return pd.DataFrame(pooled)
+        entry |= {"theory_low": theory[0], "theory_high": theory[1], "verdict": word, "trials": trials, "runs": len(t)}
+        first = t["control"].iloc[0]
+        rows.append(entry | {"control": f"{t['run'].iloc[0]}: {first}" if first and len(t) > 1 else first})
+    return pd.DataFrame(rows)
 
 
 def first_crossing(x, y, level: float) -> float:
@@ -388,8 +422,8 @@ def plane_losses(losses: Losses, axes: Tensor, extent: float, points: int) -> tu
 def worst_in_ball(value_and_gradient: Callable, centre: Tensor, radius: float, starts, steps: int):
     """Largest |f| that projected gradient ascent finds in the ball, and where: a lower estimate of the supremum.
 
-    From every start f is followed up where it is positive and down where it is negative, in steps of length
-    2 radius 0.7^t along the gradient, back onto the ball: the first step solves a linear f.
+    From every start f is followed up where it is positive and down where it is negative, in steps along the gradient,
+    back onto the ball, whose length falls from 2 radius to a hundredth of that: the first step solves a linear f.
     """
     best, where = -1.0, centre
     for w in starts:
@@ -402,7 +436,7 @@ def worst_in_ball(value_and_gradient: Callable, centre: Tensor, radius: float, s
             length = gradient.norm()
             if t == steps or length == 0:
                 break
-            w = _projected(w + sign * 2 * radius * 0.7**t * gradient / length, centre, radius)
+            w = _projected(w + sign * 2 * radius * 0.01 ** (t / steps) * gradient / length, centre, radius)
     return best, where
 
 
@@ -454,7 +488,8 @@ def difference_on_ball(
 
     One step: plus = the new sample, minus = the first k, and L_{k+1} - L_k = f/(k+1). Distance to the limit: plus =
     the first k, minus = the rest, and L_k - L_n = (1 - k/n) f. Probes at each radius: both directions of grad f,
-    `n_random` at random, `n_random` in the span of `basis` (D, P), then ascent from the `restarts` best of them.
+    `n_random` at random, `n_random` in the span of `basis` (D, P), then ascent from the `restarts` best of them, in
+    `steps` steps (one number, or one a radius). Other samples, other random directions.
     Source: Theorems (thm:one-step-ball), (thm:surface-ball).
     """
     plus, minus = torch.as_tensor(plus), torch.as_tensor(minus)
@@ -471,7 +506,8 @@ def difference_on_ball(
         return of_plus(v) - of_minus(v)
 
     w0, gradient = losses.w, value_and_gradient(losses.w)[1]
-    generator = torch.Generator().manual_seed(100_003 * seed + len(plus) + 1009 * len(minus))
+    stream = np.random.SeedSequence([seed, len(plus), *plus.tolist(), *minus.tolist()]).generate_state(1)
+    generator = torch.Generator().manual_seed(int(stream[0]))
     noise = torch.randn(n_random + 1, losses.P, generator=generator, dtype=torch.float64).to(w0)
     curvature = operator_norm(bend, noise[0], tolerance=1e-3, max_steps=60).value
     along = gradient / gradient.norm().clamp_min(torch.finfo(w0.dtype).tiny)  # equal samples: no direction, not nan
@@ -482,11 +518,11 @@ def difference_on_ball(
     taylor = [(u, (gradient @ u).item(), (u @ bend(u)).item()) for _, u in directions]
     curvature = max(curvature, *(abs(b) for *_, b in taylor))  # both are lower estimates of the norm
     f0, out = f(w0), []
-    for r in map(float, radii):
+    for r, n_ascent in zip(map(float, radii), np.broadcast_to(steps, len(radii)).tolist(), strict=True):
         values = [f(w0 + r * u) for u, *_ in taylor]
         rest = [abs(v - (f0 + r * s + r * r / 2 * b)) for v, (_, s, b) in zip(values, taylor, strict=True)]
         best = np.argsort([-abs(v) for v in values], kind="stable")[:restarts]
-        worst, w = worst_in_ball(value_and_gradient, w0, r, [w0 + r * taylor[i][0] for i in best], steps)
+        worst, w = worst_in_ball(value_and_gradient, w0, r, [w0 + r * taylor[i][0] for i in best], n_ascent)
         d = w - w0
         s, b = (gradient @ d).item(), (d @ bend(d)).item()
         curvature = max(curvature, abs(b) / r**2)
@@ -499,6 +535,28 @@ def difference_on_ball(
     return out
 
 
+def distances_on_ball(losses: Losses, orders: np.ndarray, sizes, radius: float, steps: int = 3) -> np.ndarray:
+    """Largest |L_k - L_n| found in the ball, k = 1 .. n, in each order: (n_orders, n), lower estimates of the suprema.
+
+    Each order is asked at weights of its own, the same ones at every k: the centre, and where ascent from the centre
+    ends for each k of `sizes`. Source: (eq:ball-tail).
+    """
+    out = []
+    for order in torch.as_tensor(orders):
+        found = [losses.w]
+        for k in sizes:
+
+            def f(w, plus=order[:k], minus=order[k:]):
+                (a, g), (b, h) = losses.value_and_gradient(w, plus), losses.value_and_gradient(w, minus)
+                return (a - b).item(), g - h
+
+            found.append(worst_in_ball(f, losses.w, radius, [losses.w], steps)[1])
+        values = np.stack([losses.values(w).double().cpu().numpy() for w in found])
+        means = np.concatenate([running_means(v, order[None].numpy()) for v in values])
+        out.append(np.abs(means - means[:, -1:]).max(0))
+    return np.array(out)
+
+
 # --- retraining -------------------------------------------------------------------------------------------
 
 
@@ -507,15 +565,19 @@ def retrain(
 ) -> pd.DataFrame:
     """Train anew on the first k of the n samples, for each k of `sizes`, by the same rule; one row a k.
 
+    Each is polished to the gradient norm that the stopping rule asks of the limit, 0.1 sqrt(tr Sigma_g / n), and not
+    to that of its own k.
+
     `fresh` returns the initial network, the same one at every call; `limit` is the one trained on all n; `options` go
     to `training.train`. Columns: k, excess = L_n(w_k) - L_n(w_n), held_out = mean loss of (x_test, y_test) at w_k,
-    distance = |w_k - w_n|, norm = ||Hess L_k(w_k)||, converged (did the stopping rule hold).
+    distance = |w_k - w_n|, norm = ||Hess L_k(w_k)||, gradient_norm (of the objective), converged (is
+    it small enough).
     """
     whole, test = Losses(limit, x, y, loss), Losses(limit, x_test, y_test, loss)
-    rows = []
+    threshold, rows = training.stopping_rule(whole, whole.w), []
     for k in sizes:
         network = fresh()
-        result = training.train(network, x[:k], y[:k], loss=loss, **options)
+        result = training.train(network, x[:k], y[:k], loss=loss, threshold=threshold, **options)
         w = Losses(network, x[:k], y[:k], loss).w
         rows.append(
             {
@@ -524,6 +586,7 @@ def retrain(
                 "held_out": test.values(w).mean().item(),
                 "distance": (w - whole.w).norm().item(),
                 "norm": hessian_norm(network, x[:k], y[:k], loss, tolerance=1e-3).value,
+                "gradient_norm": result.gradient_norm,
                 "converged": result.converged,
             }
         )

@@ -207,7 +207,7 @@ def fill(page: Path | str, name: str, text: str) -> None:
 
 def findings_table(study: str) -> str:
     """A study's findings as a table of Markdown, numbers to four digits."""
-    frame = runs.read_table(runs.RESULTS / study / "findings.csv").drop(columns="source")
+    frame = runs.read_table(runs.RESULTS / study / "findings.csv").drop(columns=["source", "control"], errors="ignore")
     rows = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
     rows = [["" if cell == "nan" else cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [list(frame.columns), ["---"] * len(frame.columns), *rows]

@@ -121,8 +121,8 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
     "convergence.csv": {
         "experiment": (
             "str",
-            "one step, batch, distance, neighbourhood, criterion, ball, distance on ball, hessian, retraining, "
-            "projected training or constant",
+            "one step, batch, distance, neighbourhood, criterion, ball, distance on ball, later k on ball, hessian, "
+            "retraining, projected training or constant",
         ),
         "weights": ("str", "whose losses: trained, a control, a pair of parts, or where the weights were drawn"),
         "k": ("int", "number of samples; 0 in the row of a slope, n for a constant [samples]"),
@@ -133,7 +133,10 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
             "or what was measured of the retrained weights",
         ),
         "value": ("float", "the measured value [nat; slopes 1; norms nat per squared unit of weight]"),
-        "low": ("float", "lower end of its 95 % bootstrap interval over orders [as value]"),
+        "low": (
+            "float",
+            "lower end of its bootstrap interval over 20 orders or more: 95 %, slopes of one step 98.75 % [as value]",
+        ),
         "high": ("float", "upper end of that interval [as value]"),
         "theory_low": ("float", "exact value or lower end of the proved bracket [as value]"),
         "theory_high": ("float", "exact value or upper end of the proved bracket [as value]"),
@@ -149,9 +152,12 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
         "theory_high": ("float", "the value or the upper end"),
         "verdict": (
             "str",
-            "agrees or differs; holds or violated for a bound; identity, measured, or proves nothing",
+            "agrees or differs; holds, violated, no violation seen or no bound; proves nothing where the control came "
+            "out the same; identity, measured, cannot tell",
         ),
-        "control": ("str", "what could have come out otherwise, and how it came out"),
+        "control": ("str", "the same measurement where the claim should fail, and how it came out"),
+        "pooled": ("str", "how notebook 07 joins runs: seeds (t interval), counts, largest or range"),
+        "trials": ("int", "pairs or orders behind a share; 0 for other values [1]"),
     },
     "sample_size.csv": {
         "kind": (
@@ -181,6 +187,7 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
         "high": ("float", "upper end of its interval"),
         "theory": ("float", "what the theory says of it"),
         "verdict": ("str", "how the two compare"),
+        "control": ("str", "of a claim on convergence its control, in the first run where there are several"),
         "source": ("str", "notebook, file and theorem it comes from"),
     },
 }
@@ -505,7 +512,7 @@ def begin(stage: str, p: Parameters, wait_s: float | None = None, device: str = 
 def summary(study: str) -> str:
     """The study's findings as a short table of text, and where everything lies."""
     path = RESULTS / study / "findings.csv"
-    table = read_table(path).drop(columns="source")
+    table = read_table(path).drop(columns=["source", "control"], errors="ignore")
     text = table.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="", max_colwidth=48, justify="left")
     return f"{text}\n\nTable    {path}\nFigures  {FIGURES / study}/\nRuns     {RUNS}/"
 

@@ -35,7 +35,7 @@ class Training:
 
     gradient_norm       |grad of the objective|
     gradient_norm_loss  |grad L_n|: l2 |w - w_init| at an exact minimum
-    threshold           0.1 sqrt(tr Sigma_g / n): a tenth of the standard error of the mean gradient
+    threshold           0.1 sqrt(tr Sigma_g / n): a tenth of the standard error of the mean gradient, or the one given
     converged           gradient_norm <= threshold
     """
 
@@ -58,6 +58,7 @@ def train(
     batch_size=64,
     learning_rate=3e-3,
     polish_steps=200,
+    threshold=None,
     seed=0,
     progress=lambda line: None,
 ) -> Training:
@@ -66,8 +67,9 @@ def train(
     Parameters that do not require a gradient stay as they are.
 
     Adam in float32 with a cosine schedule, then full-batch polishing (float32, then float64) until the stopping rule
-    of (eq:objective) holds or `polish_steps` iterations are spent (a budget in iterations, not
-    seconds, so that two runs agree). `epochs=0` and `polish_steps=0` leave the weights as they are.
+    of (eq:objective) holds, or the gradient's norm is at most a `threshold` that is given, or `polish_steps` iterations
+    are spent (a budget in iterations, not seconds, so that two runs agree). `epochs=0` and `polish_steps=0` leave the
+    weights as they are.
     Raises ValueError for a random or batch-dependent model, or where the objective stops being finite.
     """
     result = Training()
@@ -80,7 +82,8 @@ def train(
         samples = x.float() if x.is_floating_point() else x
         _adam(model, centre, samples, y, loss, l2, epochs, batch_size, learning_rate, seed, result, progress)
     model.to(torch.float64)
-    _polish(model, torch.cat([c.double().reshape(-1) for c in centre]), x, y, loss, l2, polish_steps, result, progress)
+    centre = torch.cat([c.double().reshape(-1) for c in centre])
+    _polish(model, centre, x, y, loss, l2, polish_steps, threshold, result, progress)
     return result
 
 
@@ -108,7 +111,10 @@ def _adam(model, centre, x, y, loss, l2, epochs, batch_size, learning_rate, seed
     optimizer.zero_grad(set_to_none=True)
 
 
-def _polish(model, centre, x, y, loss, l2, steps, result, progress):
+def _polish(model, centre, x, y, loss, l2, steps, threshold, result, progress):
+    def rule(losses, w):
+        return stopping_rule(losses, w) if threshold is None else threshold
+
     moving = [name for name, p in model.named_parameters() if p.requires_grad]
     losses = Losses(model, x, y, loss, parameters=moving)
     w, budget = losses.w, len(result.history) + steps
@@ -116,11 +122,11 @@ def _polish(model, centre, x, y, loss, l2, steps, result, progress):
     for dtype in (torch.float32, torch.float64):
         if len(result.history) < budget:
             single = Losses(model, x, y, loss, parameters=moving, dtype=dtype)
-            w = _descend(single, w, centre, l2, budget, result, progress)
+            w = _descend(single, w, centre, l2, budget, rule, result, progress)
     with torch.no_grad():
         for name, value in losses.unflatten(w).items():
             model.get_parameter(name).copy_(value)
-    result.threshold, gradient = _stopping_rule(losses, w), losses.gradient(w)
+    result.threshold, gradient = rule(losses, w), losses.gradient(w)
     result.gradient_norm = (gradient + l2 * (w - centre)).norm().item()
     result.gradient_norm_loss = gradient.norm().item()
     result.distance = (w - centre).norm().item()
@@ -129,7 +135,7 @@ def _polish(model, centre, x, y, loss, l2, steps, result, progress):
     result.converged = result.gradient_norm <= result.threshold
 
 
-def _descend(losses, w, centre, l2, budget, result, progress) -> Tensor:
+def _descend(losses, w, centre, l2, budget, rule, result, progress) -> Tensor:
     """From w (P,) until the stopping rule holds or the history has `budget` rows; returns w in float64.
 
     Rounds of L-BFGS, which follows the flat directions, each followed by gradient steps of length
@@ -153,7 +159,7 @@ def _descend(losses, w, centre, l2, budget, result, progress) -> Tensor:
         """The rule moves with the weights: it is taken anew only where the gradient is near the last one."""
         if seen["gradient"].norm().item() > 1.05 * result.threshold:
             return False
-        result.threshold = _stopping_rule(losses, w.to(dtype))
+        result.threshold = rule(losses, w.to(dtype))
         return seen["gradient"].norm().item() <= result.threshold
 
     def scipy_objective(w: np.ndarray) -> tuple[float, np.ndarray]:
@@ -168,12 +174,12 @@ def _descend(losses, w, centre, l2, budget, result, progress) -> Tensor:
     value = objective(w)[0]
     if not math.isfinite(value):
         raise ValueError(f"The objective is {value} before polishing: lower learning_rate and look at the inputs.")
-    result.threshold = _stopping_rule(losses, w.to(dtype))
+    result.threshold = rule(losses, w.to(dtype))
     while not settled(w) and len(result.history) < budget:
         options = {"maxiter": ROUND, "maxfun": 3 * ROUND, "maxcor": 50, "ftol": 0.0, "gtol": 0.0}
         found = minimize(scipy_objective, w.numpy(), jac=True, method="L-BFGS-B", callback=callback, options=options)
         w = torch.from_numpy(found.x.copy())
-        result.threshold, gradient = _stopping_rule(losses, w.to(dtype)), objective(w)[1]
+        result.threshold, gradient = rule(losses, w.to(dtype)), objective(w)[1]
         if settled(w):  # here the gradient may be exactly 0, and no direction for what follows
             break
         some = torch.arange(min(256, losses.n))  # a step of 1/norm is stable up to a norm twice too small
@@ -192,7 +198,7 @@ def _descend(losses, w, centre, l2, budget, result, progress) -> Tensor:
     return w
 
 
-def _stopping_rule(losses: Losses, w: Tensor) -> float:
+def stopping_rule(losses: Losses, w: Tensor) -> float:
     """0.1 sqrt(tr Sigma_g / n), Sigma_g the covariance (divisor n - 1) of the per-sample gradients at w."""
     squares, total = 0.0, torch.zeros_like(w)
     for rows in torch.arange(losses.n).split(losses.chunk(3)):
