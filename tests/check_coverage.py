@@ -163,8 +163,21 @@ def refit(pilots: int, names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+class AtOnce:
+    """`Losses.value_and_gradient` of a small model in one pass, where memory allows it."""
+
+    def __init__(self, losses: Losses):
+        self.losses = losses
+
+    def value_and_gradient(self, w, rows):
+        w = w.detach().requires_grad_()
+        f = torch.func.functional_call(self.losses.model, self.losses.unflatten(w), (self.losses.x[rows],))
+        value = torch.nn.functional.cross_entropy(f, self.losses.y[rows])
+        return value.detach(), torch.autograd.grad(value, w)[0]
+
+
 def retrain(pilots: int) -> pd.DataFrame:
-    """Heads on fixed features: train in the ball around an independent centre, on k fresh samples."""
+    """Heads on fixed features: train in the ball around an independent centre, on k samples drawn from 40 000."""
     rows, steps, radius = [], 60, 1.0
     for kind in ("vit", "mlp"):
         x, y = synthetic_draw(600, 1)
@@ -182,36 +195,43 @@ def retrain(pilots: int) -> pd.DataFrame:
             with torch.no_grad():
                 return Losses(centre, body(x.double()), y)  # noqa: B023
 
-        truth = sample(20000, 2)
-        w0, everything = truth.w, torch.arange(truth.n)
-        best = truth.values(convergence.projected_descent(truth, everything, w0, radius, 4 * steps)).mean().item()
+        truth, pilot = sample(40000, 2), sample(PILOT, 3)
+        w0, whole = truth.w, AtOnce(truth)
+        best = truth.values(convergence.projected_descent(whole, range(truth.n), w0, radius, 4 * steps)).mean().item()
         gain = truth.values().mean().item() - best
 
-        def meets(k, acceptable, first):
-            """Share of trainings on k fresh samples within the acceptable error, and the largest optimisation gap."""
-            hits, gaps = 0, []
+        def meets(k, acceptable, seed):
+            """Of `pilots` trainings on k samples those within the acceptable error, and the largest gap of five."""
+            hits, gaps, generator = 0, [], np.random.default_rng(seed)
             for i in range(pilots):
-                losses = sample(k, first + i)
-                rows_k = torch.arange(k)
-                w = convergence.projected_descent(losses, rows_k, w0, radius, steps)  # noqa: B023
-                further = convergence.projected_descent(losses, rows_k, w0, radius, steps, w) if i < 5 else w  # noqa: B023
-                gaps.append((losses.values(w).mean() - losses.values(further).mean()).item())
+                rows_k = generator.integers(truth.n, size=k)  # noqa: B023
+                w = convergence.projected_descent(whole, rows_k, w0, radius, steps)  # noqa: B023
+                if i < 5:
+                    further = convergence.projected_descent(whole, rows_k, w0, radius, steps, w)  # noqa: B023
+                    first, last = (whole.value_and_gradient(v, rows_k)[0].item() for v in (w, further))  # noqa: B023
+                    gaps.append(first - last)
                 hits += truth.values(w).mean().item() - best <= acceptable  # noqa: B023
             return hits, max(gaps)
 
-        for share in (0.5, 0.25):
+        for share in (0.8, 0.5):
             acceptable, gap = share * gain, 0.01 * share * gain
-            pilot = sample(PILOT, 3)
             asked = dict(radius=radius, confidence=CONFIDENCE, criterion="excess", gap=gap)
             found = ss.required_samples(centre, pilot.x, pilot.y, acceptable, **asked)
             k = found.upper
             hits, worst_gap = meets(min(k, MOST), acceptable, 1000)
-            least, tried = 1, 1
-            while tried < k:
-                if meets(tried, acceptable, 5000)[0] < CONFIDENCE * pilots:
-                    least = tried
-                elif tried > 4 * least:
-                    break
+            least, tried, fails, passes = 1, 1, 1, math.nan  # surely fails, surely passes: the exact interval says so
+            while tried < k and (tried <= 4 * least or math.isnan(passes)):
+                met = meets(tried, acceptable, 5000 + tried)[0]
+                low, high = ss.clopper_pearson(met, pilots)
+                least = tried if met < CONFIDENCE * pilots else least
+                fails = tried if high < CONFIDENCE else fails
+                passes = (
+                    math.nan
+                    if met < CONFIDENCE * pilots
+                    else tried
+                    if math.isnan(passes) and low >= CONFIDENCE
+                    else passes
+                )
                 tried = math.ceil(1.5 * tried)
             least = math.ceil(1.5 * least)  # the next size tried, from which on all did
             low, high = ss.clopper_pearson(hits, pilots)
@@ -223,7 +243,8 @@ def retrain(pilots: int) -> pd.DataFrame:
                 "trained_on": min(k, MOST),
             }
             row |= {"met": hits / pilots, "met_low": low, "met_high": high, "promised": CONFIDENCE, "gap": worst_gap}
-            rows.append(row | {"least": least, "price": k / least})
+            row |= {"least": least, "least_low": fails, "least_high": passes}
+            rows.append(row | price(k, row))
             if kind == "vit":  # LayerNorm bounds the features, and so everything, a priori
                 size = a_priori(body, centre, radius, (acceptable - gap) / 2)
                 unknown = dict.fromkeys(("plug_in", "trained_on", "met", "met_low", "met_high", "gap"), math.nan)
@@ -234,6 +255,11 @@ def retrain(pilots: int) -> pd.DataFrame:
                 )
             print(rows[-1], flush=True)
     return pd.DataFrame(rows)
+
+
+def price(k: float, row: dict) -> dict:
+    """The forecast over the least size that does, with the interval of the latter."""
+    return {"price": k / row["least"], "price_low": k / row["least_high"], "price_high": k / row["least_low"]}
 
 
 def a_priori(body, head, radius: float, tolerance: float) -> float:
