@@ -4,6 +4,7 @@
 # make check-bounds  every bound against exact norms on 400 random networks
 # make ladder      train the networks of studies/digits_ladder.yaml, ask every bound there
 # make coverage    are the sample sizes enough? pilots against the truth on whole pools
+# make check-batches  do studies survive kills, failures, a full disk, each other?
 # make html        every notebook as a page of site/        make paper      compile paper/main.tex
 # make clean       remove caches, keep results
 #
@@ -17,7 +18,7 @@ BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host reason
 QUICKSTART := studies/quickstart.yaml
 
-.PHONY: help reproduce test check-bounds study ladder coverage notebook html paper clean
+.PHONY: help reproduce test check-bounds study ladder coverage check-batches notebook html paper clean
 
 help:
 	@sed -n '1,/^$$/s/^# *//p;/^PYTHON/q' Makefile
@@ -53,6 +54,9 @@ ladder: .venv/.installed
 
 coverage: .venv/.installed
 	$(BIN)/python tests/check_coverage.py
+
+check-batches: .venv/.installed
+	$(BIN)/python tests/check_batches.py
 
 notebook: .venv/.installed
 	$(BIN)/jupyter lab notebooks
