@@ -40,7 +40,8 @@ CONFIDENCE = 0.9
 QUESTIONS = ((0.0, 0.1), (0.0, 0.05), (0.03, 0.05))  # (radius as a fraction of |w0|, tolerance [nat])
 PILOT, LARGER = 400, 1600  # samples of a pilot
 TARGETS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1)  # corrections of a fitted curve's target that are tried
-MOST = 100_000  # samples of one training
+MOST = 200_000  # samples of one training
+TRUTH = ("truth", "truth_low", "truth_high")
 PARTS = ("fixed", "refit", "retrain", "pathological")
 
 
@@ -63,16 +64,16 @@ def network(kind: str, x, n_classes: int, seed: int, width: int = 16):
 
 
 def interval_row(rule: str, low, high, truth, promised: float | None = None) -> dict:
-    """How often truth lies in [low, high] where high is finite, with its exact interval, and how far off high is.
+    """How often [low, high] holds the truth where high is finite, with its exact interval, and how far off high is.
 
-    low None: the rule gives one number, and covers where it is at least the truth. truth: one number or one a pilot.
+    truth: (k, its own interval's ends) or one such row a pilot; the whole interval has to be held. low None: the rule
+    gives one number, and covers where that is at least the truth's k.
     """
-    low, high = np.zeros(len(high)) if low is None else np.asarray(low, float), np.asarray(high, float)
-    truth = np.broadcast_to(np.asarray(truth, float), high.shape)
+    high = np.asarray(high, float)
     high = np.where(np.isfinite(high) & (high > 0), high, math.inf)
-    told = np.isfinite(high)
-    hits = int(((low <= truth) & (truth <= high))[told].sum())
-    off = np.log10(high[told]) - np.log10(truth[told])
+    k, least, most = np.broadcast_to(np.asarray(truth, float), (len(high), 3)).T
+    held, told = (k <= high) if low is None else (np.asarray(low, float) <= least) & (most <= high), np.isfinite(high)
+    hits, off = int(held[told].sum()), np.log10(high[told]) - np.log10(k[told])
     share_low, share_high = ss.clopper_pearson(hits, int(told.sum())) if told.any() else (math.nan, math.nan)
     row = {"rule": rule, "pilots": len(high), "refused": int((~told).sum()), "covered": hits / max(1, told.sum())}
     row |= {"covered_low": share_low, "covered_high": share_high, "promised": promised}
@@ -80,7 +81,7 @@ def interval_row(rule: str, low, high, truth, promised: float | None = None) -> 
     return row | {"error_log10": math.sqrt((off**2).mean()) if told.any() else math.nan}
 
 
-def forecast_rows(values, tolerance: float, size: int, pilots: int, truth: int, about: dict, raw: list) -> list[dict]:
+def forecast_rows(values, tolerance: float, size: int, pilots: int, truth, about: dict, raw: list) -> list[dict]:
     """Rows of a cell at fixed weights; values (m_probes, N) of the pool. `raw` gathers the curves' sizes by target."""
     generator, found, rivals = np.random.default_rng(7), [], []
     for seed in range(pilots):
@@ -97,7 +98,7 @@ def forecast_rows(values, tolerance: float, size: int, pilots: int, truth: int, 
         sizes = np.array([r[family] for r in rivals])  # (pilots, targets)
         rows.append(interval_row(family, None, sizes[:, 0], truth))
         raw.append((about["dataset"], len(rows) - 1, family, sizes))
-    return [about | {"truth": truth} | row for row in rows]
+    return [about | dict(zip(TRUTH, truth)) | row for row in rows]
 
 
 def fixed(pilots: int, names: list[str]) -> pd.DataFrame:
@@ -129,7 +130,7 @@ def fixed(pilots: int, names: list[str]) -> pd.DataFrame:
         at = int(enough[0]) if len(enough) else len(TARGETS) - 1
         row = cells[cell][0]
         about = {c: row[c] for c in list(row)[: list(row).index("rule")]}
-        corrected = interval_row(f"{family}, corrected", None, sizes[:, at], row["truth"])
+        corrected = interval_row(f"{family}, corrected", None, sizes[:, at], [row[t] for t in TRUTH])
         cells[cell].append(about | corrected | {"correction": TARGETS[at]})
     return pd.DataFrame([row for cell in cells for row in cell])
 
@@ -157,7 +158,7 @@ def refit(pilots: int, names: list[str]) -> pd.DataFrame:
                 low, high = [*low, found["lower"]], [*high, found["upper"]]
                 truths.append(ss.true_size(values, 0.1, CONFIDENCE, streams=300, seed=seed))
             about = {"dataset": name, "model": kind, "parameters": losses.P, "radius": 0.03, "tolerance": 0.1}
-            about |= {"pool": len(rest), "pilot": PILOT, "truth": np.median(truths)}
+            about |= {"pool": len(rest), "pilot": PILOT} | dict(zip(TRUTH, np.median(truths, 0)))
             rows.append(about | interval_row("interval", low, high, truths, CONFIDENCE))
             print(rows[-1], flush=True)
     return pd.DataFrame(rows)
@@ -176,84 +177,94 @@ class AtOnce:
         return value.detach(), torch.autograd.grad(value, w)[0]
 
 
-def retrain(pilots: int) -> pd.DataFrame:
-    """Heads on fixed features: train in the ball around an independent centre, on k samples drawn from 40 000."""
-    rows, steps, radius = [], 60, 1.0
-    for kind in ("vit", "mlp"):
+class Heads:
+    """Heads on the fixed features of a trained body: training in the ball around a head that has seen nothing.
+
+    pool: 40 000 samples, the population that trainings draw from; held: 20 000 others, on which errors are taken, above
+    the pool's own best head in the ball.
+    """
+
+    steps, radius = 60, 1.0
+
+    def __init__(self, kind: str):
         x, y = synthetic_draw(600, 1)
-        body = network(kind, x, int(y.max()) + 1, seed=0, width=8)
-        training.train(body, x, y, l2=1e-2, epochs=15, polish_steps=0)
+        self.body = network(kind, x, int(y.max()) + 1, seed=0, width=8)
+        training.train(self.body, x, y, l2=1e-2, epochs=15, polish_steps=0)
         torch.manual_seed(1)
-        centre = torch.nn.Linear(8, int(y.max()) + 1).double()  # a head that has seen nothing
+        self.centre = torch.nn.Linear(8, int(y.max()) + 1).double()
         if kind == "vit":
-            body.head = torch.nn.Identity()
+            self.body.head = torch.nn.Identity()
         else:
-            body.layers[-1] = torch.nn.Identity()
+            self.body.layers[-1] = torch.nn.Identity()
+        self.pool, self.held, self.pilot = self.sample(40000, 2), self.sample(20000, 4), self.sample(PILOT, 3)
+        self.whole, self.best = AtOnce(self.pool), 0.0
+        self.best = self.error(self.trained(range(self.pool.n), 4 * self.steps))
+        self.gain = self.error(self.pool.w)
 
-        def sample(n, seed):
-            x, y = synthetic_draw(n, seed)
-            with torch.no_grad():
-                return Losses(centre, body(x.double()), y)  # noqa: B023
+    def sample(self, n: int, seed: int) -> Losses:
+        x, y = synthetic_draw(n, seed)
+        with torch.no_grad():
+            return Losses(self.centre, self.body(x.double()), y)
 
-        truth, pilot = sample(40000, 2), sample(PILOT, 3)
-        w0, whole = truth.w, AtOnce(truth)
-        best = truth.values(convergence.projected_descent(whole, range(truth.n), w0, radius, 4 * steps)).mean().item()
-        gain = truth.values().mean().item() - best
+    def trained(self, rows, steps: int, start=None):
+        return convergence.projected_descent(self.whole, rows, self.pool.w, self.radius, steps, start)
 
-        def meets(k, acceptable, seed):
-            """Of `pilots` trainings on k samples those within the acceptable error, and the largest gap of five."""
-            hits, gaps, generator = 0, [], np.random.default_rng(seed)
-            for i in range(pilots):
-                rows_k = generator.integers(truth.n, size=k)  # noqa: B023
-                w = convergence.projected_descent(whole, rows_k, w0, radius, steps)  # noqa: B023
-                if i < 5:
-                    further = convergence.projected_descent(whole, rows_k, w0, radius, steps, w)  # noqa: B023
-                    first, last = (whole.value_and_gradient(v, rows_k)[0].item() for v in (w, further))  # noqa: B023
-                    gaps.append(first - last)
-                hits += truth.values(w).mean().item() - best <= acceptable  # noqa: B023
-            return hits, max(gaps)
+    def error(self, w) -> float:
+        return self.held.values(w).mean().item() - self.best
 
+    def meets(self, k: int, acceptable: float, pilots: int, seed: int) -> tuple[int, float]:
+        """Of `pilots` trainings on k samples those with an acceptable error; the largest optimisation gap of five."""
+        hits, gaps, generator = 0, [], np.random.default_rng(seed)
+        for i in range(pilots):
+            rows = generator.integers(self.pool.n, size=k)
+            w = self.trained(rows, self.steps)
+            hits += self.error(w) <= acceptable
+            if i < 5:
+                first, last = (
+                    self.whole.value_and_gradient(v, rows)[0] for v in (w, self.trained(rows, self.steps, w))
+                )
+                gaps.append((first - last).item())
+        return hits, max(gaps)
+
+    def least(self, acceptable: float, pilots: int, most: float) -> tuple[float, float, float]:
+        """The least size from which on trainings keep the promise, between the last that surely fails and the first
+        that surely keeps it, by the exact intervals of the shares."""
+        sizes, met = [1], []
+        while sizes[-1] < most and [m == pilots for m in met[-4:]] != [True] * 4:
+            met.append(self.meets(sizes[-1], acceptable, pilots, 5000 + sizes[-1])[0])
+            sizes.append(math.ceil(1.5 * sizes[-1]))
+        ends = [ss.clopper_pearson(m, pilots) for m in met]
+        last_miss, last_fail, last_doubt = (
+            max([-1, *(i for i, missed in enumerate(kind) if missed)])
+            for kind in (
+                [m < CONFIDENCE * pilots for m in met],
+                [high < CONFIDENCE for _, high in ends],
+                [low < CONFIDENCE for low, _ in ends],
+            )
+        )
+        return sizes[last_miss + 1], sizes[max(last_fail, 0)], sizes[last_doubt + 1]
+
+
+def retrain(pilots: int) -> pd.DataFrame:
+    rows = []
+    for kind in ("vit", "mlp"):
+        heads = Heads(kind)
         for share in (0.8, 0.5):
-            acceptable, gap = share * gain, 0.01 * share * gain
-            asked = dict(radius=radius, confidence=CONFIDENCE, criterion="excess", gap=gap)
-            found = ss.required_samples(centre, pilot.x, pilot.y, acceptable, **asked)
-            k = found.upper
-            hits, worst_gap = meets(min(k, MOST), acceptable, 1000)
-            least, tried, fails, passes = 1, 1, 1, math.nan  # surely fails, surely passes: the exact interval says so
-            while tried < k and (tried <= 4 * least or math.isnan(passes)):
-                met = meets(tried, acceptable, 5000 + tried)[0]
-                low, high = ss.clopper_pearson(met, pilots)
-                least = tried if met < CONFIDENCE * pilots else least
-                fails = tried if high < CONFIDENCE else fails
-                passes = (
-                    math.nan
-                    if met < CONFIDENCE * pilots
-                    else tried
-                    if math.isnan(passes) and low >= CONFIDENCE
-                    else passes
-                )
-                tried = math.ceil(1.5 * tried)
-            least = math.ceil(1.5 * least)  # the next size tried, from which on all did
+            acceptable, gap = share * heads.gain, 0.01 * share * heads.gain
+            asked = dict(radius=heads.radius, confidence=CONFIDENCE, criterion="excess", gap=gap)
+            found = ss.required_samples(heads.centre, heads.pilot.x, heads.pilot.y, acceptable, **asked)
+            hits, worst_gap = heads.meets(min(found.upper, MOST), acceptable, pilots, 1000)
             low, high = ss.clopper_pearson(hits, pilots)
-            row = {"model": kind, "parameters": truth.P, "radius": radius, "gain": gain, "acceptable": acceptable}
-            row |= {
-                "rule": "excess risk, measured spreads",
-                "forecast": k,
-                "plug_in": found.k,
-                "trained_on": min(k, MOST),
-            }
-            row |= {"met": hits / pilots, "met_low": low, "met_high": high, "promised": CONFIDENCE, "gap": worst_gap}
-            row |= {"least": least, "least_low": fails, "least_high": passes}
-            rows.append(row | price(k, row))
-            if kind == "vit":  # LayerNorm bounds the features, and so everything, a priori
-                size = a_priori(body, centre, radius, (acceptable - gap) / 2)
-                unknown = dict.fromkeys(("plug_in", "trained_on", "met", "met_low", "met_high", "gap"), math.nan)
-                rows.append(
-                    row
-                    | {"rule": "excess risk, a-priori bounds", "forecast": size, "least": least, "price": size / least}
-                    | unknown
-                )
-            print(rows[-1], flush=True)
+            least, fails, keeps = heads.least(acceptable, pilots, found.upper)
+            about = {"model": kind, "parameters": heads.pool.P, "radius": heads.radius, "gain": heads.gain}
+            about |= {"acceptable": acceptable, "least": least, "least_low": fails, "least_high": keeps}
+            tried = {"plug_in": found.k, "trained_on": min(found.upper, MOST), "met": hits / pilots, "met_low": low}
+            tried |= {"met_high": high, "promised": CONFIDENCE, "gap": worst_gap, "gap_allowed": gap}
+            a_priori_size = a_priori(heads, (acceptable - gap) / 2) if kind == "vit" else math.inf  # unbounded features
+            for rule, k, more in (("measured spreads", found.upper, tried), ("a-priori bounds", a_priori_size, {})):
+                row = about | {"rule": f"excess risk, {rule}", "forecast": k} | price(k, about) | more
+                print(row, flush=True)
+                rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -262,56 +273,79 @@ def price(k: float, row: dict) -> dict:
     return {"price": k / row["least"], "price_low": k / row["least_high"], "price_high": k / row["least_low"]}
 
 
-def a_priori(body, head, radius: float, tolerance: float) -> float:
-    """The ball size with S, |grad l| and |H|_F at their largest over all inputs, for the head of a pre-norm ViT."""
-    longest = body.norm.weight.abs().max().item() * math.sqrt(body.config.d_model) + body.norm.bias.norm().item()
+def a_priori(heads: Heads, tolerance: float) -> float:
+    """The ball size with S, |grad l| and |H|_F at their largest over all inputs, for the head of a pre-norm ViT.
+
+    LayerNorm bounds the features v; a loss in [0, C] has S <= C/2, |p - e_y| <= sqrt 2, and
+    |diag p - p p^T|_F^2 = q - 2 sum p^3 + q^2 <= q - q^2 <= 1/4 with q = sum p^2, because sum p^3 >= q^2.
+    """
+    norm, head = heads.body.norm, heads.centre
+    longest = norm.weight.abs().max().item() * math.sqrt(heads.body.config.d_model) + norm.bias.norm().item()
     squared = longest**2 + 1  # >= |[v 1]|^2
-    norm = torch.linalg.matrix_norm(torch.cat([head.weight, head.bias[:, None]], 1), 2).item()
-    loss = math.log(len(head.bias)) + math.sqrt(2 * squared) * norm
-    B = loss / 2 + radius * math.sqrt(2 * squared) + radius**2 / 2 * squared / math.sqrt(2)
+    size = torch.linalg.matrix_norm(torch.cat([head.weight, head.bias[:, None]], 1), 2).item()
+    loss = math.log(len(head.bias)) + math.sqrt(2 * squared) * size
+    B = loss / 2 + heads.radius * math.sqrt(2 * squared) + heads.radius**2 / 2 * squared / 2
     return ss.k_ball(B, tolerance, CONFIDENCE)
+
+
+def mislabelled() -> tuple[np.ndarray, np.ndarray]:
+    """Losses of a ViT that fits its synthetic population well, one label in a thousand wrong, and their ceilings."""
+    x, y = synthetic_draw(6000, 1)
+    model = network("vit", x, int(y.max()) + 1, seed=0)
+    training.train(model, x, y, l2=1e-3, epochs=15, polish_steps=0)
+    x, y = synthetic_draw(20000, 2)
+    wrong = torch.from_numpy(np.random.default_rng(9).uniform(size=len(y)) < 1e-3)
+    losses = Losses(model, x, torch.where(wrong, (y + 1) % (int(y.max()) + 1), y))
+    return losses.values().numpy(), ss.label_ceiling(losses, losses.w[None], int(y.max()) + 1)
 
 
 def pathological(pilots: int) -> pd.DataFrame:
     """Populations of losses that break assumptions; where an answer is given, is it right?"""
     generator = np.random.default_rng(5)
     plain = np.abs(generator.normal(size=20000)) * 0.3
-    wrong = np.where(generator.uniform(size=20000) < 1e-3, 12.0, plain)
+    wrong = np.where(generator.uniform(size=20000) < 1e-3, 12.0, plain)  # a network much too sure of itself
     heavy = 0.05 * generator.pareto(1.5, size=200000)
-    cases = {
-        "plain": (plain, PILOT, {}),
-        "heavy tail (Pareto 1.5, infinite variance)": (heavy, PILOT, {}),
-        "one label in a thousand wrong, kurtosis assumed": (wrong, PILOT, {}),
-        "one label in a thousand wrong, ceiling known": (wrong, PILOT, {"ceiling": 12.0}),
-        "pilot of 5": (plain, 5, {}),
-    }
-    rows, tolerance = [], 0.05
-    for name, (pool, size, options) in cases.items():
-        truth = ss.true_size(pool, tolerance, CONFIDENCE, streams=300)
-        found = [
-            ss.surface_forecast(pool[generator.integers(len(pool), size=size)], tolerance, CONFIDENCE, **options)
-            for _ in range(pilots)
-        ]
+    synthetic, ceilings = mislabelled()
+    known = "one label in a thousand wrong"
+    cases = [("plain", plain, PILOT, None), ("heavy tail (Pareto 1.5, infinite variance)", heavy, PILOT, None)]
+    for size in (PILOT, LARGER):
+        cases += [(f"{known}, kurtosis assumed", wrong, size, None), (f"{known}, ceiling", wrong, size, wrong)]
+        cases.append((f"{known} (synthetic, ViT), kurtosis assumed", synthetic, size, None))
+        cases.append((f"{known} (synthetic, ViT), ceiling", synthetic, size, ceilings))
+    cases.append(("pilot of 5", plain, 5, None))
+    rows, tolerance, truths = [], 0.05, {}
+    for name, pool, size, ceiling in cases:
+        if id(pool) not in truths:
+            truths[id(pool)] = ss.true_size(pool, tolerance, CONFIDENCE, streams=4000)
+        truth, found = truths[id(pool)], []
+        for _ in range(pilots):
+            at = generator.integers(len(pool), size=size)
+            most = None if ceiling is None else ceiling.max() if pool is wrong else ceiling[at].max()
+            found.append(ss.surface_forecast(pool[at], tolerance, CONFIDENCE, ceiling=most))
         low, high = ([f[name] for f in found] for name in ("lower", "upper"))
-        rows.append(
-            {"case": name, "pilot": size, "truth": truth} | interval_row("interval", low, high, truth, CONFIDENCE)
-        )
+        row = interval_row("interval", low, high, truth, CONFIDENCE)
+        rows.append({"case": name, "pilot": size} | dict(zip(TRUTH, truth)) | row)
     found = []  # 40 samples ten times each, as a person gives them
     for seed in range(pilots):
         torch.manual_seed(seed)
         model, x = torch.nn.Linear(5, 3).double(), torch.randn(40, 5).double().repeat(10, 1)
         y = torch.randint(0, 3, (40,)).repeat(10)
         found.append(ss.required_samples(model, x, y, tolerance, confidence=CONFIDENCE).upper)
-    rows.append({"case": "ten copies of 40 samples", "pilot": PILOT} | interval_row("interval", None, found, math.nan))
+    rows.append(
+        {"case": "ten copies of 40 samples", "pilot": PILOT} | interval_row("interval", None, found, (math.nan,) * 3)
+    )
     found, steps = [], []
     for _ in range(pilots):  # l_{j+1} = L_j + c with noise: every step is c/(j+1), and L drifts like c ln j for ever
         losses = [1.0]
-        for j in range(1, PILOT):
-            losses.append(np.mean(losses) + 0.4 + 0.1 * generator.normal() * (j > 0))
+        for _ in range(1, PILOT):
+            losses.append(np.mean(losses) + 0.4 + 0.1 * generator.normal())
         found.append(ss.surface_forecast(losses, tolerance, CONFIDENCE)["upper"])
         steps.append(ss.baselines(losses, tolerance)["one step"])
     for rule, sizes in (("interval", found), ("one step", steps)):
-        rows.append({"case": "drift", "pilot": PILOT} | interval_row(rule, None, sizes, math.inf))
+        rows.append({"case": "drift", "pilot": PILOT} | interval_row(rule, None, sizes, (math.inf,) * 3))
+    for row in rows:
+        told = row["pilots"] - row["refused"]
+        row["right_or_none"] = 1 - round((1 - row["covered"]) * told) / row["pilots"]
     print(pd.DataFrame(rows).to_string(), flush=True)
     return pd.DataFrame(rows)
 

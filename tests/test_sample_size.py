@@ -38,6 +38,7 @@ from utils.sample_size import (
     k_fixed_probes,
     k_step,
     k_surface,
+    label_ceiling,
     least_pilot,
     neighbourhood,
     next_step,
@@ -358,14 +359,15 @@ def test_gaussian_factor():
 def test_true_size_by_the_gaussian_limit():
     pool = np.random.default_rng(1).exponential(size=3000)
     expected = gaussian_factor(pool[None], 0.9) * pool.var() / 0.1**2
-    assert true_size(pool, 0.1, 0.9, streams=600) == pytest.approx(expected, rel=0.15)
+    k, low, high = true_size(pool, 0.1, 0.9, streams=600)
+    assert k == pytest.approx(expected, rel=0.15) and low <= expected <= high and low < k < high
     assert true_size(pool, 0.1, 0.9, streams=50) == true_size(pool, 0.1, 0.9, streams=50)
 
 
 def test_the_interval_covers():
     """At fixed weights, pilots from a pool: the interval holds the true size at least as often as promised."""
     pool, generator = np.random.default_rng(3).exponential(size=(3, 4000)), np.random.default_rng(4)
-    truth, held, central = true_size(pool, 0.1, 0.9, streams=300), 0, []
+    (truth, _, _), held, central = true_size(pool, 0.1, 0.9, streams=300), 0, []
     for seed in range(60):
         found = surface_forecast(pool[:, generator.integers(4000, size=300)], 0.1, 0.9, seed=seed)
         held += found["lower"] <= truth <= found["upper"]
@@ -474,6 +476,17 @@ def test_families_find_their_own_curves():
         assert math.isinf(sizes[1]) or family in ("logarithmic", "algebraic root")
 
 
+def test_label_ceiling():
+    """Every labelling stays below it at every probe, and one attains it."""
+    model, x, y = tiny_vit(9)
+    losses = Losses(model, x, y)
+    probes = neighbourhood(losses.w, 0.3, 3)
+    ceiling = label_ceiling(losses, probes, 3)
+    every = np.stack([probe_losses(Losses(model, x, torch.full_like(y, c)), probes) for c in range(3)])
+    np.testing.assert_allclose(ceiling, every.max((0, 1)), rtol=1e-12)
+    assert torch.equal(losses.y, y)
+
+
 def test_baselines():
     values = np.random.default_rng(8).exponential(size=(1, 600))
     found = baselines(values, 0.05)
@@ -489,11 +502,13 @@ def test_baselines():
 def test_pilots_that_are_no_random_sample():
     model, x, y = linear_pilot(400)
     order = Losses(model, x, y).values().argsort()
-    drifting = required_samples(model, x[order], y[order], 0.5, confidence=0.8)
-    assert drifting.verdict == "cannot tell" and "order" in drifting.sentence and drifting.upper == math.inf
+    for criterion in ("surface", "ball", "excess", "next"):
+        drifting = required_samples(model, x[order], y[order], 0.5, 0.01, 0.8, criterion)
+        assert drifting.verdict == "cannot tell" and "order" in drifting.sentence and drifting.upper == math.inf
     assert required_samples(model, x, y, 0.5, confidence=0.8).verdict != "cannot tell"
-    copies = required_samples(model, x[:20].repeat(20, 1), y[:20].repeat(20), 0.5, confidence=0.8)
-    assert copies.verdict == "cannot tell" and copies.upper == math.inf
+    for criterion in ("surface", "ball"):
+        copies = required_samples(model, x[:20].repeat(20, 1), y[:20].repeat(20), 0.5, 0.01, 0.8, criterion)
+        assert copies.verdict == "cannot tell" and copies.upper == math.inf
     five = required_samples(model, x[:5], y[:5], 0.5, confidence=0.8)
     assert five.verdict == "cannot tell" and "more first" in five.sentence
 

@@ -14,6 +14,7 @@ All but the last hold with probability 1 - delta over the samples; `required_sam
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -21,13 +22,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from scipy.optimize import OptimizeWarning, brentq, curve_fit
-from scipy.stats import beta, spearmanr
+from scipy.stats import beta, binom, spearmanr
 from torch import Tensor
 
 from utils import bounds, comparison
 from utils.curvature import Losses, SampleHessians
 
-VERDICTS = ("enough", "need", "cannot tell")
 CAUTION = 2.0  # what a pilot's own kurtosis is multiplied by before it is held against the assumed one
 DRIFT = 1e-3  # p-value of the rank correlation between loss and place below which a pilot is not taken as random
 CRITERIA = ("surface", "ball", "excess", "next", "step")
@@ -291,11 +291,19 @@ def next_step(scores, confidence: float) -> float:
     return float(scores[m - 1]) if m <= len(scores) else math.inf
 
 
-def worst_range(losses: Losses, radius: float, model=None) -> dict[str, float]:
+def norms_on_ball(model, losses: Losses, radius: float, rung: str) -> Tensor:
+    """Bounds of M_i(R) = sup over the ball of ||H_i||, (n,): by a rung of `bounds.hessian_norm_bounds` that holds on
+    balls, or by "comparison" (small GELU networks, small radii). ValueError for networks that it does not know."""
+    if rung == "comparison":
+        return comparison.hessian_norm_on_ball(model, losses.x, losses.y, radius, losses.loss).values[:, 0]
+    return bounds.hessian_norm_bounds(model, losses.x, losses.y, losses.loss, rung, radius=radius).values.double()
+
+
+def worst_range(losses: Losses, radius: float, model=None, rung: str = "prior") -> dict[str, float]:
     """D_R = max|l_i - l_j| + R max|grad_i - grad_j| + R^2 max_i M_i(R) and its parts. Source: Theorem (thm:k-step).
 
-    At R > 0 the curvature part takes the prior rung of the bounds on the ball, which knows the
-    networks of `utils.models` only and is astronomically loose; ValueError for other modules.
+    At R > 0 the curvature part takes a rung on the ball (`norms_on_ball`), which knows the networks of `utils.models`
+    only; ValueError for other modules.
     """
     values = losses.values()
     parts = {"value": (values.max() - values.min()).item(), "gradient": 0.0, "curvature": 0.0}
@@ -303,8 +311,7 @@ def worst_range(losses: Losses, radius: float, model=None) -> dict[str, float]:
         g = losses.sample_gradients()
         distances = torch.cdist(g, g, compute_mode="donot_use_mm_for_euclid_dist")  # the fast way cancels
         parts["gradient"] = radius * distances.max().item()
-        bound = bounds.hessian_norm_bounds(model, losses.x, losses.y, losses.loss, rung="prior", radius=radius)
-        parts["curvature"] = radius**2 * bound.values.max().item()
+        parts["curvature"] = radius**2 * norms_on_ball(model, losses, radius, rung).max().item()
     return parts | {"D": sum(parts.values())}
 
 
@@ -328,6 +335,20 @@ def neighbourhood(w: Tensor, radius: float, n_probes: int, seed: int = 0) -> Ten
 def probe_losses(losses: Losses, probes: Tensor) -> np.ndarray:
     """Per-sample losses (n_probes, n) at each probe: a loop over weights, batches over samples."""
     return np.stack([losses.values(w).double().cpu().numpy() for w in probes])
+
+
+def label_ceiling(losses: Losses, probes: Tensor, n_classes: int) -> np.ndarray:
+    """The largest loss that any of the labels would give each sample at any of the probes, (n,).
+
+    Its maximum over a pilot is a `ceiling` for every labelling of inputs like the pilot's, wrong labels included: an
+    assumption on the inputs alone. For all inputs there is `bounds.loss_upper_bound`, which is larger.
+    """
+    found = []
+    for label in range(n_classes):
+        relabelled = copy.copy(losses)
+        relabelled.y = torch.full_like(losses.y, label)
+        found.append(probe_losses(relabelled, probes).max(0))
+    return np.max(found, 0)
 
 
 def ball_moments(losses: Losses, curvature: bool = True, seed: int = 0) -> dict[str, tuple[float, float]]:
@@ -383,11 +404,11 @@ def required_samples(
                         limits, the rest for the order of the samples (Doob).
     criterion           see the head of this module.
     kurtosis            the assumption behind those limits, see `limits`.
-    ceiling             surface: a number that no loss of any sample exceeds at any weights of the neighbourhood, such
-                        as `bounds.loss_upper_bound(model, radius)`: takes the place of the assumption.
-    rung                ball, excess: where the curvature on the ball comes from. None: the measured spread of the
-                        Hessians at the centre, and `remainder` is what the caller knows of xi. A rung of
-                        `bounds.hessian_norm_bounds`, or "comparison": M_i(R), of networks of utils.models.
+    ceiling             surface: a number that no loss of any sample exceeds at any weights of the neighbourhood:
+                        takes the place of the assumption. See `label_ceiling` and `bounds.loss_upper_bound`.
+    rung                ball, excess, step: where the curvature on the ball comes from. None: the measured spread of
+                        the Hessians at the centre, and `remainder` is what the caller knows of xi (step: prior).
+                        A rung of `bounds.hessian_norm_bounds`, or "comparison": M_i(R), see `norms_on_ball`.
     gap                 excess: how far above its minimum on the ball the training objective is left.
     Raises ValueError for an unknown criterion and for values out of range.
     """
@@ -409,12 +430,25 @@ def required_samples(
     elif criterion in ("ball", "excess"):
         reach = tolerance if criterion == "ball" else (tolerance - gap) / 2
         found = _ball(losses, reach, radius, confidence, kurtosis, seed, model, rung, remainder)
+        found |= _drift(losses.values().double().cpu().numpy())
         statement += "" if rung or remainder or radius == 0 else ", to second order in the distance"
     elif criterion == "next":
-        found = _next(losses, tolerance, confidence)
-    else:
-        found = _step(model, losses, tolerance, radius)
+        found = _next(losses, tolerance, confidence) | _drift(losses.values().double().cpu().numpy())
+    else:  # any order, any samples
+        found = _step(model, losses, tolerance, radius, rung or "prior")
     return SampleSize(**(asked | found), statement=statement)
+
+
+def _drift(values: np.ndarray) -> dict:
+    """What to say instead if the losses (n,) follow the pilot's order: such a pilot is no random sample."""
+    found = spearmanr(np.arange(len(values)), values) if np.ptp(values) > 0 else None
+    if found is None or not found.pvalue < DRIFT:
+        return {}
+    words = (
+        f"cannot tell: the losses follow the pilot's order (rank correlation {found.statistic:.2f}); if the order "
+        "means nothing, shuffle the pilot, and if it is time, the mean need not settle at all"
+    )
+    return {"upper": math.inf, "verdict": "cannot tell", "sentence": words}
 
 
 def _rows(x: Tensor) -> set[bytes]:
@@ -471,14 +505,7 @@ def surface_forecast(
         "price_of_pilot": upper / by_theorem,
     }
     found = _said(k, min(lower, k), upper, n, least_pilot(spread.kurtosis, share), terms)
-    drift = spearmanr(np.arange(n), values.mean(0)) if np.ptp(values.mean(0)) > 0 else None
-    if drift is not None and drift.pvalue < DRIFT:
-        found |= {"upper": math.inf, "verdict": "cannot tell"}
-        found["sentence"] = (
-            f"cannot tell: the losses follow the pilot's order (rank correlation {drift.statistic:.2f}); if the order "
-            "means nothing, shuffle the pilot, and if it is time, the mean need not settle at all"
-        )
-    return found
+    return found | _drift(values.mean(0))
 
 
 def _ball(losses, tolerance, radius, confidence, kurtosis, seed, model, rung, remainder) -> dict:
@@ -489,16 +516,13 @@ def _ball(losses, tolerance, radius, confidence, kurtosis, seed, model, rung, re
         Y = {"S": pair_moments(losses.values().cpu()[:, None])}
     spreads, moments = len(Y), None
     if R > 0 and rung is not None:
-        if rung == "comparison":
-            M = comparison.hessian_norm_on_ball(model, losses.x, losses.y, R, losses.loss).values[:, 0]
-        else:
-            M = bounds.hessian_norm_bounds(model, losses.x, losses.y, losses.loss, rung, radius=R).values
-        moments, spreads = M.double() ** 2, spreads + 1
-    share = budget(n // 2, kurtosis, delta, spreads)
-    found = {name: limits(*both, n // 2, kurtosis, share / spreads) for name, both in Y.items()}
+        moments, spreads = norms_on_ball(model, losses, R, rung) ** 2, spreads + 1
+    pairs = max(1, len(_rows(losses.x)) // 2)  # copies count once
+    share = budget(pairs, kurtosis, delta, spreads)
+    found = {name: limits(*both, pairs, kurtosis, share / spreads) for name, both in Y.items()}
     if moments is not None and bool(moments.isfinite().all()):
         mean, square = moments.mean().item(), moments.square().mean().item()
-        found["moment"] = limits(mean, square, n, kurtosis, share / spreads)
+        found["moment"] = limits(mean, square, 2 * pairs, kurtosis, share / spreads)
     at = {"S": 1.0, "gradient": R, "curvature": R**2 / 2}
     worst = max(s.kurtosis for s in found.values())
 
@@ -514,7 +538,7 @@ def _ball(losses, tolerance, radius, confidence, kurtosis, seed, model, rung, re
     k, upper = size("estimate", delta), size("upper", delta - share)
     terms = {name: math.sqrt(s.estimate) for name, s in found.items()}
     terms |= {f"{name}_upper": math.sqrt(s.upper) for name, s in found.items()}
-    terms |= {"pairs": n // 2, "kurtosis": worst, "pilot_failure": share, "remainder": remainder}
+    terms |= {"pairs": pairs, "kurtosis": worst, "pilot_failure": share, "remainder": remainder}
     out_of_reach = math.isinf(k)  # no pilot helps: what does not fall with k is above the tolerance
     return _said(k, 1, upper, n, math.inf if out_of_reach else least_pilot(worst, share / spreads), terms)
 
@@ -531,8 +555,8 @@ def _next(losses: Losses, tolerance: float, confidence: float) -> dict:
     return found
 
 
-def _step(model, losses: Losses, tolerance: float, radius: float) -> dict:
-    parts, ceiling = worst_range(losses, radius, model), math.inf
+def _step(model, losses: Losses, tolerance: float, radius: float, rung: str) -> dict:
+    parts, ceiling = worst_range(losses, radius, model, rung), math.inf
     if losses.loss == "cross_entropy":
         try:
             ceiling = bounds.loss_upper_bound(model, radius)
@@ -552,7 +576,8 @@ def _step(model, losses: Losses, tolerance: float, radius: float) -> dict:
 
 # --- what one would do without a theorem ----------------------------------------------------------------------
 
-# decreasing curves v(k) of the learning-curve literature: name -> (function of k and parameters, starting values)
+# Curves v(k) of the learning-curve literature: name -> (function of k and parameters, starting values). They are stated
+# for an accuracy in per cent that grows; here for a distance that falls, so the arctan has a free height.
 FAMILIES = {
     "power law": (lambda k, a, b, c: a * k ** -abs(b) + c, (1.0, 0.5, 0.0)),
     "logarithmic": (lambda k, a, b, c: c - a * np.log(k + abs(b)), (0.1, 1.0, 1.0)),
@@ -638,21 +663,24 @@ def exceedance(values: np.ndarray, k: int, tolerance: float, orders: np.ndarray)
     return hits / len(orders), *clopper_pearson(hits, len(orders))
 
 
-def true_size(values, tolerance: float, confidence: float, streams: int = 400, seed: int = 0) -> int:
+def true_size(values, tolerance: float, confidence: float, streams: int = 400, seed: int = 0) -> tuple[int, int, int]:
     """The least k with Pr(some k' >= k has Z_k' > tau) <= delta for samples drawn with replacement from a pool.
 
     values (m_probes, N): losses of the whole pool at the probes; L is the pool's mean. By simulation of streams as
-    long as 40 times the Gaussian size, after which the event is rarer than 1e-3 delta by the fourth moments.
+    long as 40 times the Gaussian size, after which the event has a probability below 2e-3 (fourth moments, q >= 1).
+    Returns the quantile over the streams and its 95 % interval by order statistics.
     """
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     values = values - values.mean(1, keepdims=True)
-    delta = 1 - confidence
     length = 40 * math.ceil(gaussian_factor(values, confidence, seed) * values.var(1).mean() / tolerance**2)
-    generator, last = np.random.default_rng([seed, 29]), np.zeros(streams)
+    generator, last = np.random.default_rng([seed, 29]), np.zeros(streams, dtype=int)
     for stream in range(streams):
         squares, draws = np.zeros(length), generator.integers(values.shape[1], size=length)
         for row in values:
             squares += (row[draws].cumsum() / np.arange(1, length + 1)) ** 2 / len(values)
         outside = np.flatnonzero(squares > tolerance**2)
         last[stream] = outside[-1] + 1 if len(outside) else 0
-    return int(np.sort(last)[math.ceil((1 - delta) * streams) - 1]) + 1
+    last = np.sort(last) + 1
+    ranks = (math.ceil(confidence * streams), *binom.ppf([0.025, 0.975], streams, confidence))
+    k, low, high = (int(last[min(streams, max(1, int(r) + (i == 2))) - 1]) for i, r in enumerate(ranks))
+    return k, low, high
