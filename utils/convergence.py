@@ -481,6 +481,18 @@ class OnBall:
         return self.value + (self.gradient if gradient else 0.0) + self.radius**2 / 2 * curvature
 
 
+def _difference(losses: Losses, plus: Tensor, minus: Tensor) -> Callable:
+    """w -> (mean loss over `plus` - mean loss over `minus`, its gradient), in one pass."""
+    rows, sizes = torch.cat([plus, minus]), torch.tensor([len(plus), -len(minus)])
+    weights = (1 / sizes.double()).repeat_interleave(sizes.abs())
+
+    def value_and_gradient(w):
+        value, gradient = losses.value_and_gradient(w, rows, weights)
+        return value.item(), gradient
+
+    return value_and_gradient
+
+
 def difference_on_ball(
     losses: Losses, plus, minus, radii, *, basis: Tensor | None = None, n_random=2, steps=8, restarts=2, seed=0
 ) -> list[OnBall]:
@@ -494,18 +506,15 @@ def difference_on_ball(
     """
     plus, minus = torch.as_tensor(plus), torch.as_tensor(minus)
     of_plus, of_minus = losses.hessian(rows=plus), losses.hessian(rows=minus)
+    value_and_gradient = _difference(losses, plus, minus)
 
     def f(w):
         return (losses.values(w, plus).mean() - losses.values(w, minus).mean()).item()
 
-    def value_and_gradient(w):
-        (a, g), (b, h) = losses.value_and_gradient(w, plus), losses.value_and_gradient(w, minus)
-        return (a - b).item(), g - h
-
     def bend(v):
         return of_plus(v) - of_minus(v)
 
-    w0, gradient = losses.w, value_and_gradient(losses.w)[1]
+    w0, gradient = losses.w, losses.gradient(rows=plus) - losses.gradient(rows=minus)
     stream = np.random.SeedSequence([seed, len(plus), *plus.tolist(), *minus.tolist()]).generate_state(1)
     generator = torch.Generator().manual_seed(int(stream[0]))
     noise = torch.randn(n_random + 1, losses.P, generator=generator, dtype=torch.float64).to(w0)
@@ -522,15 +531,15 @@ def difference_on_ball(
         values = [f(w0 + r * u) for u, *_ in taylor]
         rest = [abs(v - (f0 + r * s + r * r / 2 * b)) for v, (_, s, b) in zip(values, taylor, strict=True)]
         best = np.argsort([-abs(v) for v in values], kind="stable")[:restarts]
-        worst, w = worst_in_ball(value_and_gradient, w0, r, [w0 + r * taylor[i][0] for i in best], n_ascent)
-        d = w - w0
+        w = worst_in_ball(value_and_gradient, w0, r, [w0 + r * taylor[i][0] for i in best], n_ascent)[1]
+        d, worst = w - w0, f(w)
         s, b = (gradient @ d).item(), (d @ bend(d)).item()
         curvature = max(curvature, abs(b) / r**2)
-        rest.append(abs(f(w) - (f0 + s + b / 2)))
+        rest.append(abs(worst - (f0 + s + b / 2)))
         found: dict[str, float] = {}
         for (kind, _), v in zip(directions, values, strict=True):
             found[kind] = max(found.get(kind, 0.0), abs(v))
-        found["worst"] = max(worst, *found.values(), abs(f0))  # the centre belongs to the ball
+        found["worst"] = max(abs(worst), *found.values(), abs(f0))  # the centre belongs to the ball
         out.append(OnBall(r, found, abs(f0), r * gradient.norm().item(), r * r / 2 * curvature, max(rest)))
     return out
 
@@ -545,11 +554,7 @@ def distances_on_ball(losses: Losses, orders: np.ndarray, sizes, radius: float, 
     for order in torch.as_tensor(orders):
         found = [losses.w]
         for k in sizes:
-
-            def f(w, plus=order[:k], minus=order[k:]):
-                (a, g), (b, h) = losses.value_and_gradient(w, plus), losses.value_and_gradient(w, minus)
-                return (a - b).item(), g - h
-
+            f = _difference(losses, order[:k], order[k:])
             found.append(worst_in_ball(f, losses.w, radius, [losses.w], steps)[1])
         values = np.stack([losses.values(w).double().cpu().numpy() for w in found])
         means = np.concatenate([running_means(v, order[None].numpy()) for v in values])

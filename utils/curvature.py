@@ -171,17 +171,20 @@ class Losses:
         with torch.no_grad(), second_order_mode():
             return torch.cat([self._batch(point, self.x[r], self.y[r]) for r in self._all(rows).split(256)])
 
-    def value_and_gradient(self, w: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean loss over `rows` at w, and its gradient (P,)."""
+    def value_and_gradient(
+        self, w: Tensor | None = None, rows: Tensor | None = None, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss over `rows` at w, and its gradient (P,); with `weights` (m,), the weighted sum of their losses."""
         rows, value = self._all(rows), 0.0
+        weights = self.w.new_full((len(rows),), 1 / len(rows)) if weights is None else weights.to(self.w)
         point = {n: t.detach().clone().requires_grad_(True) for n, t in self._at(w).items()}
         total = [torch.zeros_like(t) for t in point.values()]
         with torch.enable_grad(), second_order_mode():
-            for r in rows.split(256):
-                batch = self._batch(point, self.x[r], self.y[r]).sum()
+            for r, c in zip(rows.split(256), weights.split(256), strict=True):
+                batch = self._batch(point, self.x[r], self.y[r]) @ c
                 found = torch.autograd.grad(batch, list(point.values()), materialize_grads=True)
                 value, total = value + batch.detach().double(), [a + b for a, b in zip(total, found, strict=True)]
-        return value / len(rows), torch.cat([t.reshape(-1) for t in total]) / len(rows)
+        return value, torch.cat([t.reshape(-1) for t in total])
 
     def gradient(self, w: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Gradient (P,) at w of the mean loss over `rows`."""
