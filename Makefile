@@ -1,6 +1,7 @@
 # make reproduce   install, run notebooks 01 to 07 on the digits, print what was found
 # make test        install, lint, test
-# make study STUDY=studies/NAME.yaml   another study        make notebook   open Jupyter
+# make study NAME=vit_mnist   another study of studies/      make notebook   open Jupyter
+# make report NAME=vit_mnist  its tables and figures anew from data/results, without running it
 # make check-bounds  every bound against exact norms on 400 random networks
 # make ladder      train the networks of studies/digits_ladder.yaml, ask every bound there
 # make coverage    are the sample sizes enough? pilots against the truth on whole pools
@@ -12,13 +13,19 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2> /dev/null && echo $$p && break; done)
 CORES ?= 2
 PIP_ARGS ?=
-STUDY ?=
+NAME ?=
+STUDY ?= $(if $(NAME),studies/$(NAME).yaml)
 
 BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host reason
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+PROGRESS := 2>&1 | $(BIN)/python -m utils.notebooks progress
+STEM = $(basename $(notdir $(STUDY)))
+REPORT = data/runs/_study_$(STEM)/notebooks
 QUICKSTART := studies/quickstart.yaml
 
-.PHONY: help reproduce test check-bounds study ladder coverage check-batches notebook html paper clean
+.PHONY: help reproduce test check-bounds study report ladder coverage check-batches notebook html paper clean
 
 help:
 	@sed -n '1,/^$$/s/^# *//p;/^PYTHON/q' Makefile
@@ -31,13 +38,20 @@ help:
 	@touch $@
 
 reproduce: .venv/.installed
-	@$(SNAKEMAKE) --config study=$(QUICKSTART)
+	@$(SNAKEMAKE) --config study=$(QUICKSTART) $(PROGRESS)
 	@$(BIN)/python -m utils.notebooks merge $(QUICKSTART)
 	@$(BIN)/python -m utils.runs $(QUICKSTART)
 
+report: .venv/.installed
+	@test -n "$(STUDY)" || { echo "No study given: type make report NAME=quickstart, or STUDY=PATH.yaml." >&2; exit 1; }
+	@mkdir -p $(REPORT)
+	@PYTHONHASHSEED=0 $(BIN)/papermill notebooks/07_study_report.ipynb $(REPORT)/07_study_report.ipynb \
+	  -p study $(STEM) -y "runs: []" --cwd . --no-progress-bar
+	@$(BIN)/python -m utils.runs $(STUDY)
+
 study: .venv/.installed
-	@test -n "$(STUDY)" || { echo "No study given: type make study STUDY=studies/NAME.yaml." >&2; exit 1; }
-	@$(SNAKEMAKE) --config study=$(STUDY)
+	@test -n "$(STUDY)" || { echo "No study given: type make study NAME=quickstart, or STUDY=PATH.yaml." >&2; exit 1; }
+	@$(SNAKEMAKE) --config study=$(STUDY) $(PROGRESS)
 	@$(BIN)/python -m utils.runs $(STUDY)
 
 test: .venv/.installed

@@ -58,7 +58,8 @@ def tree(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "rendered"))
     shutil.copy(ROOT / "Snakefile", folder)
     (folder / "data").mkdir()
-    shutil.copy(ROOT / "data" / "registry.json", folder / "data")
+    for name in ("registry.json", "published.csv"):
+        shutil.copy(ROOT / "data" / name, folder / "data")
     return folder
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from scipy.stats import beta
+from scipy.stats import beta, binomtest
 from torch import nn
 
 from utils import training
 from utils.convergence import (
+    beside_published,
     bootstrap_mean,
     difference_on_ball,
     distances_on_ball,
@@ -236,6 +237,23 @@ def test_over_seeds_counts_seeds_and_not_runs():
         assert all(math.isnan(v) for v in over_seeds(values, pd.Series(seeds))[1:])
     wide = over_seeds(values, pd.Series([0, 0, 1, 1, 2, 2]), 1 - 0.05 / 16)
     assert (wide[2] - mean) / (high - mean) == pytest.approx(17.86 / 4.3027, rel=1e-2)
+
+
+def test_beside_published_values_covers_one_more_run():
+    """Published values drawn from the same log-normal law lie in the interval in 95 % of cases; others do not."""
+    random, hits, total = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        logs = {depth: 0.2 * random.standard_normal(4) - depth for depth in (1, 2, 3)}
+        rows = [{"data": "a", "depth": d, "width": 8, "ours": math.exp(v)} for d, x in logs.items() for v in x[:3]]
+        theirs = [{"data": "a", "depth": d, "width": 8, "value": 1.1 * math.exp(x[3])} for d, x in logs.items()]
+        found = beside_published(pd.DataFrame(rows), pd.DataFrame(theirs), inflation=1.1)
+        hits, total = hits + (found["verdict"] == "agrees").sum(), total + len(found)
+        assert (found["low"] < found["ours"]).all() and (found["ours"] < found["high"]).all()
+    assert binomtest(int(hits), total, 0.95).pvalue > 1e-3
+    far = beside_published(pd.DataFrame(rows), pd.DataFrame(theirs).assign(value=50.0))
+    assert (far["verdict"] == "differs").all()
+    one = beside_published(pd.DataFrame(rows[:1]), pd.DataFrame([*theirs, theirs[0] | {"data": "b"}]))
+    assert list(one["verdict"]) == ["cannot tell"] and list(one["seeds"]) == [1]
 
 
 def test_pooled_verdicts():

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import pickle
@@ -242,6 +243,23 @@ def test_subset_is_stratified_and_leaves_the_official_test_set(tmp_path):
     assert "stratified subset of 50" in dataset.info["split"]
     everything = load_dataset("mnist", tmp_path, n_samples=60)
     assert everything.info["sizes"] == load_dataset("mnist", tmp_path).info["sizes"]
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_the_published_order_is_kept_part_by_part(tmp_path, official):
+    """The first samples train, the next calibrate, the last are held out; inside a part the order is random."""
+    x, y = images(60, (1, 4, 4), 3)
+    extra = dict(zip(("x_test", "y_test"), images(9, (1, 4, 4), 3, seed=1), strict=True)) if official else {}
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, **extra)
+    options = {"order": "published", "n_samples": 50, "calibration_fraction": 0.2, "test_fraction": 0.1}
+    dataset = load_dataset(f"npz:{tmp_path / 'mine.npz'}", **options)
+    ends = [0, 40, 50] if official else [0, 35, 45, 50]
+    scaled = [tuple(v.reshape(-1).astype(np.float32) / np.float32(127.5) - np.float32(1)) for v in x]
+    for part, (a, b) in zip(PARTS, itertools.pairwise(ends), strict=False):
+        found = [tuple(v.numpy().reshape(-1)) for v in getattr(dataset, f"x_{part}")]
+        assert sorted(found) == sorted(scaled[a:b]) and found != scaled[a:b]
+    assert "the first 50 samples split in the published order" in dataset.info["split"].lower()
+    assert not torch.equal(dataset.y_train, load_dataset(f"npz:{tmp_path / 'mine.npz'}", seed=1, **options).y_train)
 
 
 def test_duplicates_across_parts_are_counted(tmp_path):

@@ -301,6 +301,29 @@ def test_links_of_pages_resolve(page):
     assert all((path.parent / link.split("#")[0]).exists() for link in links), links
 
 
+def test_progress_has_a_rate_and_a_remaining_time(capsys):
+    lines = ["Select jobs to execute...\n", "12:00:00 start a\n", "1 of 6 steps (17%) done\n", "error: x\n"]
+    times = iter([0.0, 30.0])
+    notebooks.progress(lines, lambda: next(times))
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["12:00:00 start a", "1 of 6 notebooks, 2 a minute, 0:02:30 left", "error: x"]
+
+
+def test_rendered_copies_are_the_executed_ones(good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = params.Study("s", ["a", "b"], {})
+    for stage in notebooks.NAMES:
+        path = notebooks.executed_path(stage, "s" if stage == "07" else "a")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if stage == "07":
+            with pytest.raises(FileNotFoundError, match=r"^run 'a' has no executed notebook 07: run the study first"):
+                notebooks.render(study)
+            assert not Path("notebooks/rendered").exists()
+        shutil.copy(good[0], path)
+    notebooks.render(study)
+    assert sorted(p.stem for p in Path("notebooks/rendered/a").iterdir()) == sorted(notebooks.NAMES.values())
+
+
 def test_pages_of_all_notebooks(tmp_path, monkeypatch):
     (tmp_path / "rendered").mkdir()
     for name in ("01_data_preparation.ipynb", "rendered/other.ipynb"):

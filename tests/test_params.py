@@ -30,6 +30,7 @@ DATA = {
     "n_samples": 0,
     "calibration_fraction": 0.2,
     "test_fraction": 0.2,
+    "order": "random",
     "seed": 0,
 }
 
@@ -200,6 +201,7 @@ def notebooks(tmp_path):
     some |= {"tolerances": [0.1], "rungs": ["prior"], "norm": "pre", "activation": "gelu", "pool": "cls", "weights": ""}
     some |= {"loss": "mse", "model": "vit", "dataset": "digits", "data_root": "", "confidence": 0.9, "eps": 1e-5}
     some |= {"calibration_fraction": 0.2, "test_fraction": 0.2, "n_pool": 4, "probes": 6, "retrain_sizes": []}
+    some |= {"order": "random", "schedule": "cosine"}
     for stage, model in params.MODELS.items():
         lines = [f"{n}: {type(some.get(n, 2)).__name__} = {some.get(n, 2)!r}  # help" for n in model.model_fields]
         cell = {"cell_type": "code", "source": "\n".join(lines).splitlines(True), "metadata": {}}
@@ -233,7 +235,7 @@ def test_a_study_goes_to_every_notebook_that_has_the_parameter(tmp_path, noteboo
         ("name: s\nruns:\n- {run: ../x}\n", "parameter run is '../x'"),
         ("name: ../s\nruns:\n- {run: x}\n", "name is '../s'"),
         ("name: s\nruns:\n- {run: a}\n- {run: a}\n", "two runs named 'a'"),
-        ("name: s\nruns: []\n", "parameter runs is []"),
+        ("name: s\nruns: []\n", "has no runs: give"),
         ("name: s\n", "is not a study"),
         ("name: s\nrun: a\nruns: []\n", "is not a study"),
         ("name: s\nruns: [a]\n", "holds the run 'a'"),

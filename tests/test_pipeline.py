@@ -151,6 +151,20 @@ def test_report_has_findings_and_figures(study):
     assert len(stems) >= 4 and pictures == sorted(f"{s}.{e}" for s in stems for e in ("csv", "pdf", "png"))
 
 
+def test_the_report_comes_from_the_committed_tables_alone(study):
+    """The same findings and plotted numbers without the folders of the runs."""
+    kept = {p: p.read_bytes() for d in ("data/results/tiny", "figures/tiny") for p in (study / d).glob("*.csv")}
+    (study / "data/results/tiny/findings.csv").unlink()
+    (study / "data/runs").rename(study / "data/away")
+    try:
+        done = papermill(study, "07", study="tiny", runs=[])
+    finally:
+        shutil.rmtree(study / "data/runs")
+        (study / "data/away").rename(study / "data/runs")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(kept) >= 12 and all(path.read_bytes() == content for path, content in kept.items())
+
+
 def test_papermill_by_hand_gives_the_same_files(study):
     for stage in ("01", "02"):
         done = papermill(study, stage, **TINY | {"run": "by_hand"})

@@ -324,8 +324,14 @@ def test_the_study_report(every_schema, monkeypatch, capsys):
     assert list(table.columns) == ["run", "k", "value"] and list(table["run"]) == ["b", "a"]
     assert begun.read_json("model.json", "a") == {"value": 1.0}
     begun.write_csv("findings.csv", frame("findings.csv"))
+    begun.write_csv("runs.csv", frame("runs.csv"))
     begun.finish()
     assert Path("data/results/s/findings.csv").is_file()
+    committed = runs.Stage("07", params.StudyReport(study="s", runs=[]), "cpu", "float64")
+    pd.testing.assert_frame_equal(committed.read_runs("bounds.csv"), table)
+    pd.testing.assert_frame_equal(committed.read_about(), runs.read_table("data/results/s/runs.csv"))
+    with pytest.raises(FileNotFoundError, match=r"^study 's' has no blocks.csv in data/results/s: run the study"):
+        committed.read_runs("blocks.csv")
     record = json.loads(Path("data/runs/_study_s/run.json").read_text())["stages"]["07"]
     assert record["inputs"]["a/bounds.csv"] == runs.sha256("data/runs/a/bounds.csv")
     assert "0.1" in runs.summary("s") and "data/results/s/findings.csv" in runs.summary("s")

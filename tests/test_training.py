@@ -106,6 +106,26 @@ def test_same_seed_same_weights():
     assert not torch.equal(runs[0][0], runs[2][0])
 
 
+def test_a_constant_rate_is_plain_adam():
+    """Batches drawn as `train` draws them, torch's Adam at one rate; a cosine ends elsewhere."""
+    x, y = images()
+    model, plain = vit(), vit()
+    train(model, x, y, l2=0.0, epochs=2, batch_size=8, learning_rate=1e-2, schedule="constant", polish_steps=0, seed=3)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        for rows in torch.randperm(len(x), generator=generator).split(8):
+            optimizer.zero_grad()
+            F.cross_entropy(plain(x[rows]), y[rows]).backward()
+            optimizer.step()
+    for (name, found), expected in zip(model.named_parameters(), plain.double().parameters(), strict=True):
+        if not name.endswith("key.bias"):  # its gradient is zero but for rounding, which Adam makes large
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    cosine = vit()
+    train(cosine, x, y, l2=0.0, epochs=2, batch_size=8, learning_rate=1e-2, polish_steps=0, seed=3)
+    assert (flat(cosine) - flat(model)).norm() > 1e-2
+
+
 def test_no_steps_leave_the_weights_alone():
     model, (x, y) = vit(), images()
     before = {n: t.clone() for n, t in model.state_dict().items()}

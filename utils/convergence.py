@@ -246,6 +246,33 @@ def over_seeds(values: pd.Series, seeds: pd.Series, level: float = 0.95) -> tupl
     return means.mean(), means.mean() - width, means.mean() + width
 
 
+def beside_published(ours: pd.DataFrame, published: pd.DataFrame, inflation: float = 1.0) -> pd.DataFrame:
+    """One row a published value of one run: ours (geometric mean over seeds), its interval for one more run, verdict.
+
+    `ours` has a row a run (data, depth, width, ours), `published` a row a value (data, depth, width, value), which is
+    divided by `inflation`. The 95 % prediction interval takes log(ours) as normal with one variance for all
+    architectures of a data set: exp(mean +- t s sqrt(1 + 1/seeds)). Assumes at least two seeds of some architecture,
+    else there is no interval and the verdict is "cannot tell".
+    """
+    keys, rows = ["data", "depth", "width"], []
+    logs = ours.assign(log=np.log(ours["ours"])).groupby(keys)["log"].agg(["mean", "count", "var"])
+    for row in published.itertuples():
+        if (row.data, row.depth, row.width) not in logs.index:
+            continue
+        mean, seeds, _ = logs.loc[(row.data, row.depth, row.width)]
+        alike = logs.loc[row.data]
+        freedom = (alike["count"] - 1).sum()
+        half = math.nan
+        if freedom > 0:
+            spread = math.sqrt((alike["var"].fillna(0) * (alike["count"] - 1)).sum() / freedom)
+            half = student.ppf(0.975, freedom) * spread * math.sqrt(1 + 1 / seeds)
+        low, value, high = np.exp([mean - half, mean, mean + half]).tolist()
+        theirs = row.value / inflation
+        entry = {"data": row.data, "depth": row.depth, "width": row.width, "seeds": int(seeds), "ours": value}
+        rows.append(entry | {"low": low, "high": high, "published": theirs, "verdict": verdict(low, high, theirs)})
+    return pd.DataFrame(rows)
+
+
 def pooled_verdicts(table: pd.DataFrame) -> pd.DataFrame:
     """The verdicts of many runs (the rows of verdicts.csv with a column `seed`) as one row a claim; `runs` counts.
 

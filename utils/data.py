@@ -80,6 +80,7 @@ def load_dataset(
     calibration_fraction: float = 0.2,
     test_fraction: float = 0.2,
     n_samples: int = 0,
+    order: str = "random",
 ) -> Dataset:
     """Read, check, split and scale one data set.
 
@@ -89,7 +90,9 @@ def load_dataset(
 
     An official test set is the held-out part whole, and `calibration_fraction` is a fraction of the training pool;
     without one, both fractions are of the pool. `n_samples` > 0 keeps a stratified random subset of the pool first
-    (for `synthetic`: draws that many). All draws follow from `seed` alone.
+    (for `synthetic`: draws that many). All draws follow from `seed` alone. `order` "published" draws nothing: the first
+    `n_samples` of the pool as published are kept, the first of these train, the next calibrate, the last are held out
+    where there is no official test set; only the order inside each part is random.
 
     uint8 inputs are scaled linearly from [0, 255] to [-1, 1] (the digits from [0, 16]); floats keep their values.
     `info` holds name, source, licence, sha256 of each file read, matches_published (do all files equal the published
@@ -101,6 +104,8 @@ def load_dataset(
     labels that are not 0..K-1, fewer than 3 samples in a class, arguments out of range.
     """
     _check_arguments(seed, calibration_fraction, test_fraction, n_samples)
+    if order not in ("random", "published"):
+        raise ValueError(f"order is {order!r}: choose random or published.")
     source = _read(name, root, seed, n_samples)
     names = source.about["class_names"]
     n_classes = len(names) if names else int(source.y.max()) + 1
@@ -111,9 +116,10 @@ def load_dataset(
     random = np.random.RandomState(seed)
     pool = np.arange(len(source.y))
     if n_samples and name != "synthetic":
-        pool = _subset(source.y, n_samples, n_classes, random)
+        published = order == "published" and n_samples <= len(pool)
+        pool = pool[:n_samples] if published else _subset(source.y, n_samples, n_classes, random)
     train, calibration, test = split(
-        source.y[pool], calibration_fraction, None if source.x_test is not None else test_fraction, random
+        source.y[pool], calibration_fraction, None if source.x_test is not None else test_fraction, random, order
     )
     parts = {"train": (source.x, source.y, pool[train]), "calibration": (source.x, source.y, pool[calibration])}
     if source.x_test is None:
@@ -138,7 +144,7 @@ def load_dataset(
         "n_classes": n_classes,
         "inputs": f"scaled linearly from [0, {source.top}] to [-1, 1]" if uint8 else "values kept as given",
         "sizes": sizes,
-        "split": _split_sentence(sizes, source, n_samples, name, seed),
+        "split": _split_sentence(sizes, source, n_samples, name, seed, order),
         "seed": int(seed),
         "duplicates_across_parts": _duplicates(raw),
     }
@@ -149,12 +155,17 @@ def load_dataset(
 
 
 def split(
-    y: np.ndarray, calibration_fraction: float, test_fraction: float | None, random: np.random.RandomState
+    y: np.ndarray,
+    calibration_fraction: float,
+    test_fraction: float | None,
+    random: np.random.RandomState,
+    order: str = "random",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Disjoint row numbers (train, calibration, test), stratified by y, in random order, together all of 0..n-1.
 
     Sizes are the rounded fractions of n; `test_fraction` None means that there is a test set elsewhere (test is
-    empty). Raises ValueError where a part would be smaller than the number of classes.
+    empty). With `order` "published" the parts follow each other and only the order inside them is random.
+    Raises ValueError where a part would be smaller than the number of classes.
     """
     rows, test = np.arange(len(y)), np.arange(0)
     n_classes = len(np.unique(y))
@@ -170,6 +181,9 @@ def split(
                 f"The {part} part would have {size} of {len(y)} samples, fewer than the {n_classes} classes: change "
                 "calibration_fraction or test_fraction, or use more samples."
             )
+    if order == "published":
+        train, calibration, test = np.split(rows, np.cumsum([len(y) - n_test - n_calibration, n_calibration]))
+        return tuple(random.permutation(part) for part in (train, calibration, test))
     if n_test:
         rows, test = train_test_split(rows, test_size=n_test, stratify=y, random_state=random)
     train, calibration = train_test_split(rows, test_size=n_calibration, stratify=y[rows], random_state=random)
@@ -188,13 +202,17 @@ def _subset(y: np.ndarray, n_samples: int, n_classes: int, random: np.random.Ran
     return kept
 
 
-def _split_sentence(sizes: dict, source: _Source, n_samples: int, name: str, seed: int) -> str:
-    pool = "the draws" if name == "synthetic" else f"a stratified subset of {n_samples}" if n_samples else "the pool"
+def _split_sentence(sizes: dict, source: _Source, n_samples: int, name: str, seed: int, order: str) -> str:
+    published = order == "published"
+    subset = f"the first {n_samples} samples" if published else f"a stratified subset of {n_samples}"
+    pool = "the draws" if name == "synthetic" else subset if n_samples else "the pool"
     parts = f"{sizes['train']} train and {sizes['calibration']} calibration"
     if source.x_test is None:
         parts = f"{sizes['train']} train, {sizes['calibration']} calibration and {sizes['test']} held-out"
     official = "" if source.x_test is None else f"; the official test set ({sizes['test']} samples) is held out whole"
-    sentence = f"{source.note}{pool} split at random into {parts} samples, stratified by class, seed {seed}{official}."
+    how = "split in the published order" if published else "split at random"
+    drawn = f"shuffled inside each part, seed {seed}" if published else f"stratified by class, seed {seed}"
+    sentence = f"{source.note}{pool} {how} into {parts} samples, {drawn}{official}."
     return sentence[0].upper() + sentence[1:]
 
 

@@ -3,7 +3,9 @@
     python -m utils.notebooks normalise IN OUT      an executed copy without run-to-run noise
     python -m utils.notebooks merge STUDY.yaml      outputs of a study's first run into notebooks/, findings into README
     python -m utils.notebooks dictionary            the columns of the result files into data/README.md
+    python -m utils.notebooks render STUDY.yaml     a study's first run, executed, into notebooks/rendered/
     python -m utils.notebooks html FOLDER           every notebook as a page, with an index
+    python -m utils.notebooks progress              from Snakemake's output, with a rate and a remaining time
     python -m utils.notebooks check                 the rules, one line for each breach
 
 Executed copies lie at data/runs/<run>/notebooks/, notebook 07's at data/runs/_study_<study>/notebooks/.
@@ -15,8 +17,11 @@ import ast
 import hashlib
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from utils import params, runs
@@ -214,6 +219,39 @@ def findings_table(study: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def render(study: params.Study) -> None:
+    """Copies of the executed notebooks of the study's first run and of its report into notebooks/rendered/<run>/.
+
+    Raises FileNotFoundError where one has not been executed; nothing is copied then.
+    """
+    run = study.runs[0]
+    copies = {stage: executed_path(stage, study.name if stage == "07" else run) for stage in NAMES}
+    for stage, path in copies.items():
+        if not path.is_file() or "error" in {
+            o["output_type"] for c in read(path)["cells"] for o in c.get("outputs", [])
+        }:
+            raise FileNotFoundError(f"run {run!r} has no executed notebook {stage}: run the study first.")
+    for path in copies.values():
+        write(NOTEBOOKS / "rendered" / run / path.name, read(path))
+
+
+NOISE = re.compile(r"Select jobs to execute|Execute \d+ jobs|Finished jobid|\[\w{3} \w{3} +\d+ [\d:]+ \d{4}\]$")
+STEPS = re.compile(r"(\d+) of (\d+) steps \(.*\) done")
+
+
+def progress(lines, clock=time.monotonic) -> None:
+    """Print Snakemake's lines as they come, those on finished steps with their rate and the time that remains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Snakemake is told, ends its jobs, and has the last word
+    start = clock()
+    for line in lines:
+        if found := STEPS.match(line):
+            done, total, elapsed = int(found[1]), int(found[2]), clock() - start
+            left = timedelta(seconds=round(elapsed / done * (total - done)))
+            line = f"{done} of {total} notebooks, {60 * done / max(elapsed, 1e-9):.2g} a minute, {left} left\n"
+        if line.strip() and not NOISE.match(line):
+            print(line, end="", flush=True)
+
+
 def dictionary() -> str:
     """The columns of every result file as Markdown, from `runs.SCHEMAS`."""
     parts = []
@@ -363,6 +401,10 @@ def main(arguments: list[str]) -> None:
                 fill("README.md", "findings", findings_table(params.read_study(study).name))
             case ["dictionary"]:
                 fill("data/README.md", "dictionary", dictionary())
+            case ["render", study]:
+                render(params.read_study(study))
+            case ["progress"]:
+                progress(sys.stdin)
             case ["html", folder]:
                 print(f"Open {html(folder)} in a browser.")
             case ["check"]:
@@ -370,8 +412,8 @@ def main(arguments: list[str]) -> None:
                 if found:
                     sys.exit("\n".join(found))
             case _:
-                usage = "normalise IN OUT | merge STUDY.yaml | dictionary | html FOLDER | check"
-                sys.exit(f"usage: python -m utils.notebooks {usage}")
+                usage = "normalise IN OUT | merge STUDY.yaml | dictionary | render STUDY.yaml | html FOLDER | progress"
+                sys.exit(f"usage: python -m utils.notebooks {usage} | check")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 

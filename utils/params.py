@@ -118,6 +118,7 @@ class DataPreparation(Parameters):
     n_samples: Natural
     calibration_fraction: Fraction
     test_fraction: Fraction
+    order: _choice("random", "published")
     seed: Seed
 
     @model_validator(mode="after")
@@ -150,6 +151,7 @@ class ModelTraining(Parameters):
     epochs: Natural
     batch_size: Count
     learning_rate: Positive
+    schedule: _choice("cosine", "constant")
     polish_steps: Natural
     seed: Seed
 
@@ -224,14 +226,13 @@ class SampleSize(Parameters):
 
 
 class StudyReport(Parameters):
-    """Notebook 07."""
+    """Notebook 07; without `runs` it reads the committed tables of the study."""
 
     study: Name
     runs: _says(
         list[Annotated[str, AfterValidator(_name)]],
-        f"a list of different run names, each of {_NAME_WORDS}",
+        f"a list of different run names, each of {_NAME_WORDS}, or an empty one",
         AfterValidator(_distinct),
-        min_length=1,
     )
 
 
@@ -398,6 +399,8 @@ def read_study(path: Path | str, notebooks: Path | str = "notebooks") -> Study:
             resolved[str(run)] = {s: _resolve(s, values, {"run": run} | wanted) for s, values in by_stage.items()}
         except ValueError as error:
             raise ValueError(f"{path}, run {_short(run)}: {error}") from None
+    if not resolved:
+        raise ValueError(f"{path} has no runs: {form}.")
     try:
         check(StudyReport, {"study": content["name"], "runs": list(resolved)})
     except ValueError as error:

@@ -36,7 +36,7 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
     "04": (_DATA + _MODEL + ["per_sample_norms.csv"], ["bounds.csv"]),
     "05": (_DATA + _MODEL + ["per_sample_norms.csv", "bounds.csv"], ["convergence.csv", "verdicts.csv"]),
     "06": (_DATA + _MODEL, ["sample_size.csv"]),
-    "07": ([], ["findings.csv"]),  # reads every table of every run of its study
+    "07": ([], ["findings.csv", "runs.csv"]),  # reads every table of every run of its study, pools those it uses
 }
 PRODUCER = {file: stage for stage, (_, files) in STAGES.items() for file in files}
 
@@ -179,6 +179,26 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
         "failures_high": ("float", "upper end of that interval [1]"),
         "verdict": ("str", "enough, need, cannot tell; for a check kept or broken"),
     },
+    "runs.csv": {
+        "run": ("str", "name of the run"),
+        "data": ("str", "name of the data set"),
+        "training": ("int", "samples of the training part [samples]"),
+        "calibration": ("int", "samples of the calibration part [samples]"),
+        "held_out": ("int", "samples of the held-out part [samples]"),
+        "model": ("str", "vit, mlp or PATH.py:function"),
+        "parameters": ("int", "number of weights P [1]"),
+        "depth": ("float", "transformer blocks, or hidden layers of mlp after the first; nan for your own [1]"),
+        "width": ("float", "of the tokens, or of the hidden layers of mlp [1]"),
+        "heads": ("float", "attention heads [1]"),
+        "norm": ("str", "place of LayerNorm: pre or post, empty where there is none"),
+        "l2": ("float", "lambda, weight of the penalty in the objective [1]"),
+        "seed": ("int", "of the initial weights and the order of the batches"),
+        "gradient_norm": ("float", "Euclidean norm of the objective's gradient at the trained weights [objective]"),
+        "threshold": ("float", "of the stopping rule [as gradient_norm]"),
+        "converged": ("bool", "did training end by the stopping rule?"),
+        "accuracy_training": ("float", "share of the training samples classified right [1]"),
+        "accuracy_held_out": ("float", "share of the held-out samples classified right [1]"),
+    },
     "findings.csv": {
         "question": ("str", "which of the three questions"),
         "quantity": ("str", "what the value is"),
@@ -240,11 +260,18 @@ def _fits(column: pd.Series, dtype: str) -> bool:
     return api.is_integer_dtype(column) or (dtype == "float" and api.is_float_dtype(column))
 
 
-def check_schema(file: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with the columns, order and dtypes of `SCHEMAS[file]`. Raises ValueError with one sentence."""
+def _schema(file: str, pooled: bool) -> dict[str, tuple[str, str]]:
+    return ({"run": ("str", "name of the run")} if pooled else {}) | SCHEMAS.get(file, {})
+
+
+def check_schema(file: str, frame: pd.DataFrame, pooled: bool = False) -> pd.DataFrame:
+    """`frame` with the columns, order and dtypes of `SCHEMAS[file]`, after a column `run` where runs are pooled.
+
+    Raises ValueError with one sentence.
+    """
     if file not in SCHEMAS:
         raise ValueError(f"{file} has no schema: describe its columns in utils/runs.py, SCHEMAS.")
-    schema, columns = SCHEMAS[file], list(frame.columns)
+    schema, columns = _schema(file, pooled), list(frame.columns)
     missing = [c for c in schema if c not in columns]
     extra = [c for c in columns if c not in schema]
     if missing or extra:
@@ -262,10 +289,10 @@ def write_table(path: Path, file: str, frame: pd.DataFrame) -> None:
     check_schema(file, frame).to_csv(path, index=False, na_rep="nan", lineterminator="\n")
 
 
-def read_table(path: Path | str, file: str | None = None) -> pd.DataFrame:
+def read_table(path: Path | str, file: str | None = None, pooled: bool = False) -> pd.DataFrame:
     """Read what `write_table` wrote, bit for bit; `file` names the schema (default: the path's own name)."""
     file = file or Path(path).name
-    schema = SCHEMAS.get(file, {})
+    schema = _schema(file, pooled)
     numbers = {c: ["nan"] for c, (dtype, _) in schema.items() if dtype == "float"}
     kinds = {c: _DTYPES[dtype] for c, (dtype, _) in schema.items()}
     try:
@@ -273,7 +300,7 @@ def read_table(path: Path | str, file: str | None = None) -> pd.DataFrame:
     except (ValueError, pd.errors.ParserError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"{path} is not the table that SCHEMAS describes ({reason}): write it anew.") from None
-    return check_schema(file, frame)
+    return check_schema(file, frame, pooled)
 
 
 # --- what a run's files were made from -----------------------------------------------------------
@@ -401,13 +428,40 @@ class Stage:
         return load_file(self._path(file, run))
 
     def read_runs(self, file: str) -> pd.DataFrame:
-        """Notebook 07: one table of every run of the study, one below the other, with a first column `run`."""
-        frames = []
+        """Notebook 07: one table of every run of the study, one below the other, with a first column `run`.
+
+        It goes to data/results/<study>/ too, numbers to 8 digits, and is read back from there: without `runs` in the
+        parameters what was committed is read, and gives the same report.
+        """
+        if self.p.runs and file not in self.written:
+            frames = [self.read_csv(file, run).assign(run=run) for run in self.p.runs]
+            pooled = check_schema(file, pd.concat(frames, ignore_index=True), pooled=True)
+            with self._writing(file) as path:
+                pooled.to_csv(path, index=False, na_rep="nan", float_format="%.8g", lineterminator="\n")
+        path = self.written.get(file, self.target / file)
+        if not path.is_file():
+            raise FileNotFoundError(f"study {self.p.study!r} has no {file} in {self.target}: run the study first.")
+        if not self.p.runs:
+            self.record_input(path)
+        return read_table(path, file, pooled=True)
+
+    def read_about(self) -> pd.DataFrame:
+        """Notebook 07: runs.csv anew from every run's description, or as it was committed where no runs are given."""
+        if not self.p.runs:
+            self.record_input(self.target / "runs.csv")
+            return self.read_csv("runs.csv")
+        rows = []
         for run in self.p.runs:
-            frame = self.read_csv(file, run)
-            frame.insert(0, "run", run)
-            frames.append(frame)
-        return pd.concat(frames, ignore_index=True)
+            model, info = self.read_json("model.json", run), self.read_json("dataset.json", run)
+            config, sizes, nan = model["config"] or {}, info["sizes"], float("nan")
+            row = {"run": run, "data": info["name"], "training": sizes["train"], "calibration": sizes["calibration"]}
+            row |= {"held_out": sizes["test"]} | {key: model[key] for key in ("model", "parameters", "l2", "seed")}
+            row |= {"depth": config.get("depth", nan), "width": config.get("d_model", config.get("width", nan))}
+            row |= {"heads": config.get("n_heads", nan), "norm": config.get("norm", "")}
+            row |= {key: model[key] for key in ("gradient_norm", "threshold", "converged")}
+            row |= {f"accuracy_{part.replace('-', '_')}": model["accuracy"][part] for part in ("training", "held-out")}
+            rows.append(row)
+        return check_schema("runs.csv", pd.DataFrame(rows))
 
     def record_input(self, path: Path | str) -> None:
         """Note a file from outside the run (a user's arrays or weights) with its SHA-256 in run.json."""
@@ -418,7 +472,7 @@ class Stage:
     @contextmanager
     def _writing(self, file: str):
         """A temporary path for the block to write; OSError with one sentence, and nothing left, if it cannot."""
-        if file not in STAGES[self.stage][1]:
+        if file not in STAGES[self.stage][1] and not (self.stage == "07" and file in PRODUCER):
             raise ValueError(f"{file} is not a file of notebook {self.stage}: add it to STAGES in utils/runs.py.")
         path = self.target / f".{self.stage}.{file}.tmp"
         try:
@@ -521,6 +575,6 @@ if __name__ == "__main__":
     try:
         print(summary(read_study(sys.argv[1]).name))
     except (IndexError, FileNotFoundError):
-        sys.exit("there are no findings of that study: run `make study STUDY=studies/NAME.yaml` first.")
+        sys.exit("there are no findings of that study: run `make study NAME=...` first.")
     except ValueError as error:
         sys.exit(str(error))

@@ -57,6 +57,7 @@ def train(
     epochs=60,
     batch_size=64,
     learning_rate=3e-3,
+    schedule="cosine",
     polish_steps=200,
     threshold=None,
     seed=0,
@@ -66,10 +67,10 @@ def train(
 
     Parameters that do not require a gradient stay as they are.
 
-    Adam in float32 with a cosine schedule, then full-batch polishing (float32, then float64) until the stopping rule
-    of (eq:objective) holds, or the gradient's norm is at most a `threshold` that is given, or `polish_steps` iterations
-    are spent (a budget in iterations, not seconds, so that two runs agree). `epochs=0` and `polish_steps=0` leave the
-    weights as they are.
+    Adam in float32 with a "cosine" or "constant" `schedule` of the learning rate, then full-batch polishing (float32,
+    then float64) until the stopping rule of (eq:objective) holds, or the gradient's norm is at most a `threshold` that
+    is given, or `polish_steps` iterations are spent (a budget in iterations, not seconds, so that two runs agree).
+    `epochs=0` and `polish_steps=0` leave the weights as they are.
     Raises ValueError for a random or batch-dependent model, or where the objective stops being finite.
     """
     result = Training()
@@ -80,18 +81,21 @@ def train(
         raise ValueError("No parameter of the model requires a gradient: unfreeze some and run again.")
     if epochs:
         samples = x.float() if x.is_floating_point() else x
-        _adam(model, centre, samples, y, loss, l2, epochs, batch_size, learning_rate, seed, result, progress)
+        adam = epochs, batch_size, learning_rate, schedule
+        _adam(model, centre, samples, y, loss, l2, *adam, seed, result, progress)
     model.to(torch.float64)
     centre = torch.cat([c.double().reshape(-1) for c in centre])
     _polish(model, centre, x, y, loss, l2, polish_steps, threshold, result, progress)
     return result
 
 
-def _adam(model, centre, x, y, loss, l2, epochs, batch_size, learning_rate, seed, result, progress):
+def _adam(model, centre, x, y, loss, l2, epochs, batch_size, learning_rate, schedule, seed, result, progress):
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(x) / batch_size))
+    steps, rates = epochs * math.ceil(len(x) / batch_size), torch.optim.lr_scheduler
+    cosine = schedule == "cosine"
+    rate = rates.CosineAnnealingLR(optimizer, steps) if cosine else rates.ConstantLR(optimizer, factor=1.0)
     for epoch in range(1, epochs + 1):
         total = 0.0
         for rows in torch.randperm(len(x), generator=generator).split(batch_size):
@@ -101,7 +105,7 @@ def _adam(model, centre, x, y, loss, l2, epochs, batch_size, learning_rate, seed
             value = value + 0.5 * l2 * sum((p - c).square().sum() for p, c in zip(parameters, centre, strict=True))
             value.backward()
             optimizer.step()
-            schedule.step()
+            rate.step()
             total += value.item() * len(rows) / len(x)
         if not math.isfinite(total):
             raise ValueError(f"The objective became {total} in epoch {epoch}: lower learning_rate and run again.")
