@@ -6,12 +6,15 @@ import http.server
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +58,13 @@ def write_mnist(root, name="mnist"):
 def cifar_records(x, y, coarse=None):
     head = [y[:, None]] if coarse is None else [coarse[:, None], y[:, None]]
     return np.concatenate([*head, x.reshape(len(x), -1)], axis=1).tobytes()
+
+
+def write_cifar100(root):
+    (root / "cifar-100-binary").mkdir(parents=True)
+    for file, n in (("train.bin", 500), ("test.bin", 100)):
+        x, y = images(n, (3, 32, 32), 100, seed=n)
+        (root / "cifar-100-binary" / file).write_bytes(cifar_records(x, y, y // 5))
 
 
 def write_cifar10(root, batches=(1, 2), test=True):
@@ -488,83 +498,264 @@ def test_a_pickle_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+# --- published files: none stands in for another ------------------------------------------------------
+
+
+def publish(monkeypatch, tmp_path, root, *names, mirrors=()):
+    """A registry in which the files of these sets under `root` are the published ones."""
+    registry = json.loads(data.REGISTRY.read_text())
+    for name in names:
+        registry[name]["mirrors"] = list(mirrors)
+        for file, published in registry[name]["files"].items():
+            content = data._uncompressed((root / file).read_bytes(), file)
+            published["sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "registry.json").write_text(json.dumps(registry))
+    monkeypatch.setattr(data, "REGISTRY", tmp_path / "registry.json")
+
+
+CIFAR10 = [f"cifar-10-batches-bin/{b}.bin" for b in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
+SWAPS = {
+    "train and test images": ("mnist", f"mnist/{MNIST[0]}", f"mnist/{MNIST[2]}"),
+    "train and test labels": ("mnist", f"mnist/{MNIST[1]}", f"mnist/{MNIST[3]}"),
+    "images and labels": ("mnist", f"mnist/{MNIST[0]}", f"mnist/{MNIST[1]}"),
+    "batch and test": ("cifar10", CIFAR10[0], CIFAR10[5]),
+    "two batches": ("cifar10", CIFAR10[1], CIFAR10[2]),
+    "100 for 10": ("cifar10", CIFAR10[5], "cifar-100-binary/test.bin"),
+    "10 for 100": ("cifar100", "cifar-100-binary/test.bin", CIFAR10[5]),
+    "train and test of 100": ("cifar100", "cifar-100-binary/train.bin", "cifar-100-binary/test.bin"),
+}
+
+
+def write_all(root):
+    write_mnist(root)
+    write_cifar10(root, batches=(1, 2, 3, 4, 5))
+    write_cifar100(root)
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_swapped_published_files_are_refused_on_disk(tmp_path, monkeypatch, swap):
+    name, file, other = SWAPS[swap]
+    write_all(tmp_path / "disk")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "mnist", "cifar10", "cifar100")
+    assert load_dataset(name, tmp_path / "disk").info["matches_published"]
+    a, b = (tmp_path / "disk" / f for f in (file, other))
+    content, other_content = a.read_bytes(), b.read_bytes()
+    a.write_bytes(other_content), b.write_bytes(content)
+    refused(f"holds what is published as ({other}|{file}): put", name, tmp_path / "disk")
+    b.write_bytes(other_content)  # a copy in the place of another
+    refused(f"{file} holds what is published as {other}: put", name, tmp_path / "disk")
+
+
+def test_mnist_is_not_taken_for_fashion_mnist(tmp_path, monkeypatch):
+    write_mnist(tmp_path / "disk")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "mnist")
+    (tmp_path / "disk" / "mnist").rename(tmp_path / "disk" / "fashion_mnist")
+    refused("fashion_mnist/train-images.* published as mnist/train-images", "fashion_mnist", tmp_path / "disk")
+
+
+@pytest.mark.parametrize("name, other", [("cifar10", "cifar100"), ("cifar100", "cifar10")])
+def test_selections_of_one_cifar_are_no_file_of_the_other(tmp_path, name, other):
+    write_all(tmp_path)
+    files = {"cifar10": CIFAR10[0], "cifar100": "cifar-100-binary/train.bin"}
+    shutil.copy(tmp_path / files[other], tmp_path / files[name])
+    refused("not a multiple of", name, tmp_path)
+
+
 # --- downloads, from a server on this machine --------------------------------------------------------
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    folder = tmp_path / "served"
-    folder.mkdir()
+    """Two mirrors: their folders, their addresses, and the list of what has been asked for."""
+    folders = [tmp_path / "served" / m for m in "ab"]
+    asked = []
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, *_):
+            asked.append(self.path)
+
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "served")) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("NO_PROXY", "*")
-        yield folder, f"http://127.0.0.1:{httpd.server_address[1]}/"
+        yield folders, [f"http://127.0.0.1:{httpd.server_address[1]}/{m}/" for m in "ab"], asked
         httpd.shutdown()
 
 
-def use_registry(monkeypatch, tmp_path, change):
-    registry = json.loads(data.REGISTRY.read_text())
-    change(registry)
-    (tmp_path / "registry.json").write_text(json.dumps(registry))
-    monkeypatch.setattr(data, "REGISTRY", tmp_path / "registry.json")
+def cached():
+    """The files in the cache; the folder in which downloads are checked has to be gone."""
+    assert not data.DOWNLOADS.with_suffix(".tmp").exists()
+    found = sorted(str(p.relative_to(data.DOWNLOADS)) for p in data.DOWNLOADS.rglob("*") if p.is_file())
+    return [file for file in found if file != ".lock"]
 
 
-def files_under(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) if folder.exists() else []
+def archive(path, root, files, level=9):
+    """A .tar.gz of `files` (name in the archive: file under root)."""
+    with tarfile.open(path, "w:gz", compresslevel=level) as tar:
+        for name, file in files.items():
+            tar.add(root / file, name)
 
 
-def test_download_is_checked_and_never_half_written(server, tmp_path, monkeypatch):
-    folder, url = server
+BAD_FILES = {
+    "absent": lambda good: None,
+    "truncated": lambda good: good[:-1],
+    "corrupt": lambda good: good[:30] + bytes([good[30] ^ 1]) + good[31:],
+    "other content": lambda good: zipped(gzip.decompress(good)[:-1] + b"\7"),
+    "not compressed": gzip.decompress,
+    "a page": lambda good: b"<html>Please log in</html>",
+    "empty": lambda good: b"",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_FILES)
+def test_a_bad_mirror_is_passed_over_and_nothing_of_it_is_cached(server, tmp_path, monkeypatch, capsys, bad):
+    (first, second), urls, asked = server
     write_mnist(tmp_path / "disk")
-
-    def change(registry):
-        registry["mnist"]["url"] = url
-        for file, published in registry["mnist"]["files"].items():
-            content = (tmp_path / "disk" / file).read_bytes()
-            published["sha256"] = hashlib.sha256(content).hexdigest()
-            (folder / Path(file).name).write_bytes(content)
-
-    use_registry(monkeypatch, tmp_path, change)
-    good = (folder / MNIST[1]).read_bytes()
-    (folder / MNIST[1]).write_bytes(good[:-1])
-    refused("could not be downloaded .*its checksum is wrong", "mnist", "", FileNotFoundError)
-    assert files_under(data.DOWNLOADS) == [f"mnist/{MNIST[0]}"]
-
-    (folder / MNIST[1]).write_bytes(good)
-    dataset = load_dataset("mnist")
-    assert equal(dataset, load_dataset("mnist", tmp_path / "disk"))
-    assert dataset.info["matches_published"]
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "mnist", mirrors=urls)
     for file in MNIST:
-        (folder / file).unlink()
-    assert equal(dataset, load_dataset("mnist"))  # what is there is not fetched again
-    (data.DOWNLOADS / "mnist" / MNIST[0]).unlink()
-    refused("could not be downloaded .*HTTPError", "mnist", "", FileNotFoundError)
+        good = (tmp_path / "disk/mnist" / file).read_bytes()
+        (first / file).write_bytes(good)
+        (second / file).write_bytes(gzip.compress(gzip.decompress(good), 1))  # packed anew: the content counts
+    spoiled = BAD_FILES[bad]((first / MNIST[1]).read_bytes())
+    (first / MNIST[1]).write_bytes(spoiled) if spoiled is not None else (first / MNIST[1]).unlink()
+    (second / MNIST[1]).rename(tmp_path / "kept")
+    refused(
+        f"{MNIST[1]} could not be downloaded from {urls[0]}{MNIST[1]} .* or {urls[1]}{MNIST[1]} .HTTPError.: check the "
+        f"network, or put mnist/{MNIST[1]}, mnist/{MNIST[2]}, mnist/{MNIST[3]} into {data.DOWNLOADS}, or set DATA_ROOT",
+        "mnist",
+        error=FileNotFoundError,
+    )
+    assert cached() == [f"mnist/{MNIST[0]}"]
+
+    (tmp_path / "kept").rename(second / MNIST[1])
+    asked.clear()
+    dataset = load_dataset("mnist")
+    assert asked == [f"/a/{MNIST[1]}", f"/b/{MNIST[1]}", f"/a/{MNIST[2]}", f"/a/{MNIST[3]}"]  # the first was kept
+    assert equal(dataset, load_dataset("mnist", tmp_path / "disk")) and dataset.info["matches_published"]
+    assert cached() == sorted(f"mnist/{file}" for file in MNIST)
+    assert re.search(f"Downloading {urls[1]}{MNIST[1]}\\n.*100%", capsys.readouterr().err)  # the progress bar
+
+    asked.clear()
+    assert equal(dataset, load_dataset("mnist")) and not asked
+    (data.DOWNLOADS / "mnist" / MNIST[3]).write_bytes(b"altered")
+    assert equal(dataset, load_dataset("mnist")) and asked == [f"/a/{MNIST[3]}"]
 
 
-def test_archive_is_unpacked_file_by_file(server, tmp_path, monkeypatch):
-    folder, url = server
-    write_cifar10(tmp_path / "disk", batches=(1, 2, 3, 4, 5))
-    with tarfile.open(folder / "cifar.tar.gz", "w:gz") as tar:
-        tar.add(tmp_path / "disk" / "cifar-10-batches-bin", "cifar-10-batches-bin")
+@pytest.mark.parametrize("swap", [swap for swap, files in SWAPS.items() if files[0] == "mnist"])
+def test_swapped_files_of_a_mirror_are_not_cached(server, tmp_path, monkeypatch, swap):
+    (first, _), urls, _ = server
+    _, file, other = SWAPS[swap]
+    write_mnist(tmp_path / "disk")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "mnist", mirrors=urls)
+    shutil.copytree(tmp_path / "disk/mnist", first, dirs_exist_ok=True)
+    shutil.copy(tmp_path / "disk" / file, first / Path(other).name)
+    shutil.copy(tmp_path / "disk" / other, first / Path(file).name)
+    refused("its mnist/.* has not the published checksum", "mnist", error=FileNotFoundError)
+    assert file not in cached() and other not in cached()
 
-    def change(registry):
-        entry = registry["cifar10"]
-        content = (folder / "cifar.tar.gz").read_bytes()
-        entry["archive"] = {"url": url + "cifar.tar.gz", "sha256": hashlib.sha256(content).hexdigest()}
-        for file, published in entry["files"].items():
-            published["sha256"] = hashlib.sha256((tmp_path / "disk" / file).read_bytes()).hexdigest()
 
-    use_registry(monkeypatch, tmp_path, change)
+BAD_ARCHIVES = {
+    "truncated": lambda path, root: path.write_bytes(path.read_bytes()[:-5000]),
+    "a page": lambda path, root: path.write_bytes(b"<html>Please log in</html>"),
+    "lacks a file": lambda path, root: archive(path, root, {f: f for f in CIFAR10[:-1]}),
+    "holds the other set": lambda path, root: archive(path, root, {"cifar-100-binary": "cifar-100-binary"}),
+    "swapped": lambda path, root: archive(path, root, {f: CIFAR10[i - 1] for i, f in enumerate(CIFAR10)}),
+    "a folder for a file": lambda path, root: archive(path, root, {f: "cifar-10-batches-bin" for f in CIFAR10}),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ARCHIVES)
+def test_a_bad_archive_is_passed_over(server, tmp_path, monkeypatch, bad):
+    folders, urls, asked = server
+    write_all(tmp_path / "disk")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "cifar10", "cifar100", mirrors=urls)
+    for folder in folders:
+        archive(folder / "cifar-10-binary.tar.gz", tmp_path / "disk", {f: f for f in CIFAR10})
+    BAD_ARCHIVES[bad](folders[0] / "cifar-10-binary.tar.gz", tmp_path / "disk")
+    (folders[1] / "cifar-10-binary.tar.gz").rename(tmp_path / "kept")
+    refused("cifar-10-binary.tar.gz could not .* put .*test_batch.bin into", "cifar10", error=FileNotFoundError)
+    for file in cached():
+        assert (data.DOWNLOADS / file).read_bytes() == (tmp_path / "disk" / file).read_bytes()
+
+    (tmp_path / "kept").rename(folders[1] / "cifar-10-binary.tar.gz")
     dataset = load_dataset("cifar10")
-    assert equal(dataset, load_dataset("cifar10", tmp_path / "disk"))
-    assert len(files_under(data.DOWNLOADS)) == 6
-    (folder / "cifar.tar.gz").unlink()
-    assert equal(dataset, load_dataset("cifar10"))
+    assert equal(dataset, load_dataset("cifar10", tmp_path / "disk")) and dataset.info["matches_published"]
+    assert cached() == CIFAR10
+    asked.clear()
+    assert equal(dataset, load_dataset("cifar10")) and not asked
+
+
+def test_cifar100_out_of_an_archive_packed_anew(server, tmp_path, monkeypatch):
+    (first, _), urls, _ = server
+    write_cifar100(tmp_path / "disk")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "cifar100", mirrors=urls)
+    archive(first / "cifar-100-binary.tar.gz", tmp_path / "disk", {"cifar-100-binary": "cifar-100-binary"}, level=1)
+    dataset = load_dataset("cifar100")
+    assert equal(dataset, load_dataset("cifar100", tmp_path / "disk")) and dataset.info["matches_published"]
+
+
+def test_without_a_network_one_sentence_says_what_to_put_where(tmp_path, monkeypatch):
+    write_all(tmp_path / "disk")
+    monkeypatch.setenv("NO_PROXY", "*")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "mnist", "cifar10", mirrors=["http://127.0.0.1:9/a/"])
+    missing = ", ".join(f"mnist/{file}" for file in MNIST)
+    refused(f"train-images.* .ConnectionError.: .*put {missing} into {data.DOWNLOADS}", "mnist", "", FileNotFoundError)
+    refused(f"ConnectionError.: .*put {', '.join(CIFAR10)} into", "cifar10", "", FileNotFoundError)
+    assert cached() == []
+    shutil.copytree(tmp_path / "disk" / "mnist", data.DOWNLOADS / "mnist")
+    assert equal(load_dataset("mnist"), load_dataset("mnist", tmp_path / "disk"))
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path / "a file" / "downloads")
+    refused("downloads cannot be written .Not a directory.: make it writable", "mnist", error=OSError)
+
+
+def test_a_killed_download_leaves_nothing_unverified(server, tmp_path, monkeypatch):
+    (first, _), urls, asked = server
+    write_mnist(tmp_path / "disk")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "mnist", mirrors=urls)
+    shutil.copytree(tmp_path / "disk/mnist", first, dirs_exist_ok=True)
+    half_sent, go_on = threading.Event(), threading.Event()
+
+    def copyfile(self, source, target):
+        content = source.read()
+        if self.path == f"/a/{MNIST[1]}" and not go_on.is_set():
+            target.write(content[:-1])
+            half_sent.set()
+            go_on.wait()
+        else:
+            target.write(content)
+
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "copyfile", copyfile)
+    child = multiprocessing.get_context("fork").Process(target=load_dataset, args=("mnist",))
+    child.start()
+    assert half_sent.wait(60)
+    child.kill()
+    child.join()
+    scratch = data.DOWNLOADS.with_suffix(".tmp")
+    assert [p.name for p in scratch.iterdir() if p.name == MNIST[1]]
+    scratch.rename(tmp_path / "aside")
+    assert cached() == [f"mnist/{MNIST[0]}"]
+    (tmp_path / "aside").rename(scratch)
+
+    go_on.set()
+    asked.clear()
+    assert equal(load_dataset("mnist"), load_dataset("mnist", tmp_path / "disk"))
+    assert len(asked) == 3 and len(cached()) == 4
+
+
+def test_of_several_at_once_one_downloads(server, tmp_path, monkeypatch):
+    (first, _), urls, asked = server
+    write_mnist(tmp_path / "disk")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "mnist", mirrors=urls)
+    shutil.copytree(tmp_path / "disk/mnist", first, dirs_exist_ok=True)
+    with ThreadPoolExecutor(4) as pool:
+        datasets = list(pool.map(load_dataset, ["mnist"] * 4))
+    assert all(equal(dataset, datasets[0]) for dataset in datasets)
+    assert asked == [f"/a/{file}" for file in MNIST]
 
 
 # --- what is committed, and what is on this machine --------------------------------------------------
@@ -575,8 +766,18 @@ def test_registry_is_complete():
     assert set(registry) == set(data.NAMES) - {"synthetic"}
     for entry in registry.values():
         assert entry["source"] and entry["licence"] and entry["class_names"]
-        published = list(entry["files"].values()) + ([entry["archive"]] if "archive" in entry else [])
-        assert all(re.fullmatch("[0-9a-f]{64}", p["sha256"]) and p["bytes"] > 0 for p in published)
+        assert all(re.fullmatch("[0-9a-f]{64}", p["sha256"]) and p["bytes"] > 0 for p in entry["files"].values())
+    for name in set(registry) - {"digits"}:
+        assert len(registry[name]["mirrors"]) >= 2 and all(mirror.endswith("/") for mirror in registry[name]["mirrors"])
+
+
+def test_readme_of_the_data_agrees_with_the_registry():
+    readme = (data.ROOT / "data" / "README.md").read_text()
+    for entry in json.loads(data.REGISTRY.read_text()).values():
+        for file, published in entry["files"].items():
+            assert f"| `{file}` | {published['bytes']:,} | `{published['sha256']}` |" in readme
+        for mirror in entry.get("mirrors", ()):
+            assert mirror in readme
 
 
 def files_on_this_machine():

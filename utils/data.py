@@ -1,18 +1,22 @@
 """The data sets: readers, checks, and the stratified split into train, calibration and held-out parts.
 
-Every set comes out of `load_dataset` in one form, `Dataset`. What can be downloaded, with its source, licence and
-checksums, stands in data/registry.json; data/README.md explains both to a reader.
+Every set comes out of `load_dataset` in one form, `Dataset`. What can be downloaded, with its source, licence, mirrors
+and checksums, stands in data/registry.json; data/README.md explains both to a reader.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import io
 import json
 import os
+import shutil
+import sys
 import tarfile
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -100,8 +104,9 @@ def load_dataset(
     seed, inputs (a sentence) and duplicates_across_parts: the calibration samples whose input occurs byte for byte
     in train, plus the held-out samples whose input occurs in train or calibration.
 
-    Raises FileNotFoundError or ValueError, one sentence each: unknown name, missing, truncated or corrupt file, NaN,
-    labels that are not 0..K-1, fewer than 3 samples in a class, arguments out of range.
+    Raises FileNotFoundError or ValueError, one sentence each: unknown name, missing, truncated, corrupt or swapped
+    file, no mirror within reach, NaN, labels that are not 0..K-1, fewer than 3 samples in a class, arguments out of
+    range.
     """
     _check_arguments(seed, calibration_fraction, test_fraction, n_samples)
     if order not in ("random", "published"):
@@ -300,7 +305,9 @@ def _read(name: str, root, seed: int, n_samples: int) -> _Source:
         raise ValueError(f"There is no data set {name!r}: choose {', '.join(NAMES)}, or npz:PATH for your own arrays.")
     if name == "synthetic":
         return _read_synthetic(seed, n_samples)
-    entry = json.loads(REGISTRY.read_text(encoding="utf-8"))[name]
+    registry = json.loads(REGISTRY.read_text(encoding="utf-8"))
+    entry = registry[name]
+    entry["published"] = {p["sha256"]: file for other in registry.values() for file, p in other["files"].items()}
     about = {"name": name, "source": entry["source"], "licence": entry["licence"], "sha256": {}}
     about |= {"matches_published": True, "class_names": entry["class_names"].split(", ")}
     if name == "digits":
@@ -327,24 +334,31 @@ def _folder(root) -> tuple[Path, bool]:
 
 
 def _bytes(folder: Path, file: str, about: dict, entry: dict) -> bytes:
-    """The content of one file, uncompressed; its checksum goes into `about`."""
+    """The content of one file, uncompressed; its checksum goes into `about`. Another published file is refused."""
     path = folder / file
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no file {file} in {folder}: put it there, or leave DATA_ROOT empty to download it."
         )
     content = path.read_bytes()
-    about["sha256"][file] = hashlib.sha256(content).hexdigest()
-    published = entry["files"][file]
-    matches = about["sha256"][file] == published["sha256"]
-    if file.endswith(".gz"):
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error):
-            raise ValueError(f"{file} is truncated or not a gzip file: delete it and fetch it again.") from None
-        matches |= hashlib.sha256(content).hexdigest() == published.get("content_sha256")
-    about["matches_published"] &= matches
+    about["sha256"][file] = _sha256(content)
+    content = _uncompressed(content, file)
+    published = entry["published"].get(_sha256(content))
+    if published not in (file, None):
+        raise ValueError(f"{file} holds what is published as {published}: put every file under its own name.")
+    about["matches_published"] &= published == file
     return content
+
+
+def _uncompressed(content: bytes, file: str) -> bytes:
+    try:
+        return gzip.decompress(content) if file.endswith(".gz") else content
+    except (EOFError, OSError, zlib.error):
+        raise ValueError(f"{file} is truncated or not a gzip file: delete it and fetch it again.") from None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _idx(content: bytes, file: str, ndim: int) -> np.ndarray:
@@ -409,10 +423,7 @@ def _known_labels(y: np.ndarray, file: str, about: dict) -> np.ndarray:
 def _read_digits(about: dict, entry: dict) -> _Source:
     from sklearn.datasets import load_digits
 
-    (file,) = entry["files"]
-    content = package_files("sklearn.datasets").joinpath("data", file).read_bytes()
-    about["sha256"][file] = hashlib.sha256(content).hexdigest()
-    about["matches_published"] = about["sha256"][file] == entry["files"][file]["sha256"]
+    _bytes(package_files("sklearn.datasets") / "data", *entry["files"], about, entry)
     digits = load_digits()
     x = digits.images[:, None].astype(np.uint8)  # (1797, 1, 8, 8), whole numbers 0..16
     return _Source(x, digits.target.astype(np.int64), about=about, top=16)
@@ -449,7 +460,7 @@ def _read_npz(path: str) -> _Source:
                 f"{x.shape[1:]}: give both the same type and shape."
             )
     about = {"name": f"npz:{file.name}", "source": f"arrays in {file.name}, given by the user", "licence": "the user's"}
-    about |= {"sha256": {file.name: hashlib.sha256(content).hexdigest()}}
+    about |= {"sha256": {file.name: _sha256(content)}}
     about |= {"matches_published": None, "class_names": None}
     return _Source(x, y, x_test, y_test, about)
 
@@ -506,44 +517,75 @@ def _read_synthetic(seed: int, n_samples: int) -> _Source:
 
 
 def _download(entry: dict, folder: Path) -> None:
-    """Fetch what is missing or altered in `folder`; a file appears under its name only once its sha256 is right."""
-    if "archive" not in entry:
-        for file, published in entry["files"].items():
-            _fetch(entry["url"] + Path(file).name, published["sha256"], folder / file)
+    """Fetch what is missing or altered in `folder`; what is there with its published content is kept.
+
+    A download is checked in `folder`.tmp beside it and then renamed, so `folder` never holds anything else, not even of
+    a process that was killed. One process downloads while others wait. Raises FileNotFoundError where no mirror has a
+    file, OSError where `folder` cannot be written, with one sentence.
+    """
+    if not _missing(entry, folder):
         return
-    if all(_sha256(folder / file) == published["sha256"] for file, published in entry["files"].items()):
-        return
-    url = entry["archive"]["url"]
-    archive = folder / url.rsplit("/", 1)[1]
-    _fetch(url, entry["archive"]["sha256"], archive)
-    with tarfile.open(archive) as tar:
-        for file in entry["files"]:
-            _write(folder / file, tar.extractfile(file).read())
-    archive.unlink()
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written ({error.strerror}): make it writable, or set DATA_ROOT to a folder that holds "
+            "the files."
+        ) from None
+    scratch = folder.with_suffix(".tmp")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        downloads: dict[str, list[str]] = {}  # the missing files in each
+        for file in _missing(entry, folder):  # asked again: the process waited for may have fetched them
+            downloads.setdefault(entry.get("archive", Path(file).name), []).append(file)
+        try:
+            for name, files in downloads.items():
+                _fetch(name, files, entry, folder, scratch)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _fetch(url: str, sha256: str, path: Path) -> None:
+def _missing(entry: dict, folder: Path) -> list[str]:
+    paths = {file: folder / file for file in entry["files"]}
+    return [f for f, path in paths.items() if not path.is_file() or not _is_published(path.read_bytes(), f, entry)]
+
+
+def _is_published(content: bytes, file: str, entry: dict) -> bool:
+    try:
+        return entry["published"].get(_sha256(_uncompressed(content, file))) == file
+    except ValueError:
+        return False
+
+
+def _fetch(name: str, files: list[str], entry: dict, folder: Path, scratch: Path) -> None:
+    """`files` into `folder` out of the download `name`, an archive or a file, of the first mirror that has them."""
+    failures = []
+    for url in [mirror + name for mirror in entry["mirrors"]]:
+        try:
+            return _fetch_from(url, files, entry, folder, scratch)
+        except Exception as error:  # the network or the disk, or a damaged archive anywhere in gzip, zlib or tar
+            reason = str(error) if type(error) is ValueError else getattr(error, "strerror", "") or type(error).__name__
+            failures.append(f"{url} ({reason})")
+    raise FileNotFoundError(
+        f"{name} could not be downloaded from {' or '.join(failures)}: check the network, or put "
+        f"{', '.join(_missing(entry, folder))} into {folder}, or set DATA_ROOT to a folder that holds the set."
+    )
+
+
+def _fetch_from(url: str, files: list[str], entry: dict, folder: Path, scratch: Path) -> None:
     import pooch
 
-    try:
-        pooch.retrieve(url, f"sha256:{sha256}", fname=path.name, path=path.parent)
-    except (OSError, ValueError) as error:
-        reason = "its checksum is wrong" if isinstance(error, ValueError) else type(error).__name__
-        raise FileNotFoundError(
-            f"{path.name} could not be downloaded from {url} ({reason}): check the network and try again, or set "
-            "DATA_ROOT to a folder that holds the files."
-        ) from None
+    scratch.mkdir(exist_ok=True)
+    download = scratch / url.rsplit("/", 1)[1]
+    print(f"Downloading {url}", file=sys.stderr)
+    pooch.HTTPDownloader(progressbar=True)(url, download, None)
+    with tarfile.open(download) if "archive" in entry else nullcontext() as archive:
+        for file in files:
+            content = archive.extractfile(file).read() if archive else download.read_bytes()
+            if not _is_published(content, file, entry):
+                raise ValueError(f"its {file} has not the published checksum")
+            checked = scratch / "checked"
+            checked.write_bytes(content)
+            (folder / file).parent.mkdir(exist_ok=True)
+            os.replace(checked, folder / file)
