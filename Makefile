@@ -9,15 +9,16 @@
 # make html        every notebook as a page of site/        make paper      compile paper/main.tex
 # make clean       remove caches, keep results
 #
-# PIP_ARGS goes to pip, CORES (2) limits Snakemake, PYTHON names the interpreter that makes .venv.
+# PIP_ARGS goes to pip, CORES (2) and GPUS (1) limit Snakemake, PYTHON names the interpreter that makes .venv.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2> /dev/null && echo $$p && break; done)
 CORES ?= 2
+GPUS ?= 1
 PIP_ARGS ?=
 NAME ?=
 STUDY ?= $(if $(NAME),studies/$(NAME).yaml)
 
 BIN := .venv/bin
-SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --keep-going --quiet rules host reason
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --resources gpu=$(GPUS) --nolock --rerun-incomplete --keep-going --quiet rules host reason
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 PROGRESS := 2>&1 | $(BIN)/python -m utils.notebooks progress

@@ -83,6 +83,7 @@ for stage, (needs, makes) in list(runs.STAGES.items())[:-1]:
         resources:
             mem_mb=4000,
             runtime=120,
+            gpu=lambda wildcards, stage=stage: int(study.parameters[wildcards.run][stage].get("device") == "cuda"),
         shell:
             PAPERMILL
 

@@ -21,6 +21,7 @@ NORMS = {
     "probes": 6,
     "steps": 8,
     "confidence": 0.9,
+    "device": "cpu",
     "seed": 0,
 }
 DATA = {
@@ -66,7 +67,7 @@ def test_yaml_exponent_without_point_is_a_number():
     text = yaml.safe_load("1e-3")
     assert text == "1e-3"
     values = dict.fromkeys(params.SampleSize.model_fields, 2)
-    values |= {"run": "try", "tolerances": [text], "confidence": 0.9, "kurtosis": 3}
+    values |= {"run": "try", "tolerances": [text], "confidence": 0.9, "kurtosis": 3, "device": "cpu"}
     assert params.check(params.SampleSize, values).tolerances == [1e-3]
 
 
@@ -201,7 +202,7 @@ def notebooks(tmp_path):
     some |= {"tolerances": [0.1], "rungs": ["prior"], "norm": "pre", "activation": "gelu", "pool": "cls", "weights": ""}
     some |= {"loss": "mse", "model": "vit", "dataset": "digits", "data_root": "", "confidence": 0.9, "eps": 1e-5}
     some |= {"calibration_fraction": 0.2, "test_fraction": 0.2, "n_pool": 4, "probes": 6, "retrain_sizes": []}
-    some |= {"order": "random", "schedule": "cosine"}
+    some |= {"order": "random", "schedule": "cosine", "device": "cpu"}
     for stage, model in params.MODELS.items():
         lines = [f"{n}: {type(some.get(n, 2)).__name__} = {some.get(n, 2)!r}  # help" for n in model.model_fields]
         cell = {"cell_type": "code", "source": "\n".join(lines).splitlines(True), "metadata": {}}

@@ -101,14 +101,14 @@ def test_the_same_results_are_the_same_bytes(every_schema):
 def test_run_json_says_how_files_were_made(every_schema):
     make("01")
     Path("weights.bin").write_bytes(b"w")
-    begun = runs.begin("02", p("02", depth=2), device="cpu", dtype="float32")
+    begun = runs.begin("02", p("02", depth=2, device="cpu"), dtype="float32")
     begun.record_input("weights.bin")
     begun.write_json("model.json", {})
     begun.write_safetensors("model.safetensors", {"w": torch.ones(1)})
     begun.write_csv("training.csv", frame("training.csv"))
     begun.finish()
     entry = json.loads(Path("data/runs/a/run.json").read_text())["stages"]["02"]
-    assert entry["parameters"] == {"run": "a", "seed": 1, "depth": 2} and entry["seed"] == 1
+    assert entry["parameters"] == {"run": "a", "seed": 1, "depth": 2, "device": "cpu"} and entry["seed"] == 1
     assert entry["dtype"] == "float32" and entry["device"] == "cpu" and entry["versions"]["torch"]
     assert entry["inputs"] == {f: runs.sha256(f"data/runs/a/{f}") for f in ("dataset.npz", "dataset.json")}
     assert entry["outputs"]["model.json"] == runs.sha256("data/runs/a/model.json")
@@ -327,7 +327,7 @@ def test_the_study_report(every_schema, monkeypatch, capsys):
     begun.write_csv("runs.csv", frame("runs.csv"))
     begun.finish()
     assert Path("data/results/s/findings.csv").is_file()
-    committed = runs.Stage("07", params.StudyReport(study="s", runs=[]), "cpu", "float64")
+    committed = runs.Stage("07", params.StudyReport(study="s", runs=[]), "float64")
     pd.testing.assert_frame_equal(committed.read_runs("bounds.csv"), table)
     pd.testing.assert_frame_equal(committed.read_about(), runs.read_table("data/results/s/runs.csv"))
     with pytest.raises(FileNotFoundError, match=r"^study 's' has no blocks.csv in data/results/s: run the study"):

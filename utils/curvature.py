@@ -343,8 +343,8 @@ class Logits(nn.Module):
 
 
 def per_sample_losses(model, x, y, loss="cross_entropy", **options) -> Tensor:
-    """Per-sample losses l_i(w) as (n,) float64."""
-    return Losses(model, x, y, loss, **options).values().double()
+    """Per-sample losses l_i(w) as (n,) float64, on the CPU."""
+    return Losses(model, x, y, loss, **options).values().double().cpu()
 
 
 def per_sample_gradients(model, x, y, loss="cross_entropy", **options) -> Tensor:
@@ -588,7 +588,7 @@ def per_sample_hessian_norms(
         parts.append((ritz.value, ritz.value, upper, ritz.residual, ritz.steps, converged))
         if progress is not None:
             progress(len(rows))
-    return NormEstimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return NormEstimate(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def _better(a: Ritz, b: Ritz) -> Ritz:

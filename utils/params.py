@@ -76,6 +76,9 @@ def _choice(*names: str):
     return Annotated[Literal[names], Field(description="one of " + ", ".join(names))]
 
 
+Device = _choice("cpu", "cuda")
+
+
 class Parameters(BaseModel):
     """Base of the models below: every field required, nothing else allowed, instances frozen."""
 
@@ -153,6 +156,7 @@ class ModelTraining(Parameters):
     learning_rate: Positive
     schedule: _choice("cosine", "constant")
     polish_steps: Natural
+    device: Device
     seed: Seed
 
 
@@ -170,6 +174,7 @@ class HessianNorms(Parameters):
     probes: _says(int, "an integer of at least 6", ge=6)
     steps: AtLeastTwo
     confidence: Fraction
+    device: Device
     seed: Seed
 
 
@@ -188,6 +193,7 @@ class BoundComparison(Parameters):
     n_dense: Count
     products: Count
     confidence: Fraction
+    device: Device
     seed: Seed
 
 
@@ -208,6 +214,7 @@ class SurfaceConvergence(Parameters):
     retrain_radius: Positive
     n_inits: Count
     plane_points: AtLeastTwo
+    device: Device
     seed: Seed
 
 
@@ -222,6 +229,7 @@ class SampleSize(Parameters):
     kurtosis: _says(float, "a number greater than 1", gt=1)
     n_probes: Count
     n_orders: AtLeastTwo
+    device: Device
     seed: Seed
 
 
@@ -309,7 +317,7 @@ def _is_literal(node) -> bool:
     return True
 
 
-def validate(model: type[Parameters], namespace: dict, device: str = "cpu", dtype: str = "float64") -> Parameters:
+def validate(model: type[Parameters], namespace: dict, dtype: str = "float64") -> Parameters:
     """Check a notebook's parameters and print what it runs with; called as `validate(Model, globals())`.
 
     Papermill only warns about a name that the notebook does not know, so the cells run so far (`In`) are read:
@@ -328,7 +336,7 @@ def validate(model: type[Parameters], namespace: dict, device: str = "cpu", dtyp
     for name, value in p.model_dump().items():
         print(f"{name:<21}{value!r}")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(f"device {device}, dtype {dtype}, seed {getattr(p, 'seed', 'none')}")
+    print(f"device {getattr(p, 'device', 'cpu')}, dtype {dtype}, seed {getattr(p, 'seed', 'none')}")
     return p
 
 

@@ -387,8 +387,8 @@ def _unlock(folder: Path) -> None:
 class Stage:
     """One notebook at work: made by `begin`, ended by `finish`. Files are named without their folder."""
 
-    def __init__(self, stage: str, p: Parameters, device: str, dtype: str):
-        self.stage, self.p, self.device, self.dtype = stage, p, device, dtype
+    def __init__(self, stage: str, p: Parameters, dtype: str):
+        self.stage, self.p, self.device, self.dtype = stage, p, getattr(p, "device", "cpu"), dtype
         self.run = f"_study_{p.study}" if stage == "07" else p.run
         self.folder = RUNS / self.run  # record, lock, executed copy
         self.target = RESULTS / p.study if stage == "07" else self.folder  # where the outputs go
@@ -534,14 +534,19 @@ class Stage:
         _unlock(self.folder)
 
 
-def begin(stage: str, p: Parameters, wait_s: float | None = None, device: str = "cpu", dtype: str = "float64") -> Stage:
+def begin(stage: str, p: Parameters, wait_s: float | None = None, dtype: str = "float64") -> Stage:
     """Start notebook `stage` on the run `p.run` (07: on the runs `p.runs`): check its inputs, take the lock.
 
     Waits `wait_s` seconds for another writer (default: RUN_LOCK_WAIT of the environment, else 2).
-    Raises FileNotFoundError where an earlier notebook has not run, ValueError where an input has changed since,
-    RuntimeError where another process keeps the lock; each with one sentence.
+    Raises FileNotFoundError where an earlier notebook has not run, ValueError where an input has changed since or the
+    device is not there, RuntimeError where another process keeps the lock; each with one sentence.
     """
-    begun = Stage(stage, p, device, dtype)
+    begun = Stage(stage, p, dtype)
+    if begun.device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"parameter device is {begun.device!r} and PyTorch sees no GPU here: give cpu.")
     if stage not in ("01", "07") and not begun.folder.is_dir():
         raise FileNotFoundError(f"run {begun.run!r} does not exist in {RUNS}/: run notebook 01 first.")
     wait_s = float(os.environ.get("RUN_LOCK_WAIT", "2")) if wait_s is None else wait_s

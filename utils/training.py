@@ -73,7 +73,8 @@ def train(
     `epochs=0` and `polish_steps=0` leave the weights as they are.
     Raises ValueError for a random or batch-dependent model, or where the objective stops being finite.
     """
-    result = Training()
+    result, device = Training(), next(model.parameters()).device
+    x, y = x.to(device), y.to(device)
     refuse_random_or_batch_dependent(prepared_copy(model), x.double() if x.is_floating_point() else x)
     model.to(torch.float32 if epochs else torch.float64).eval()
     centre = [p.detach().clone() for p in model.parameters() if p.requires_grad]
@@ -84,7 +85,7 @@ def train(
         adam = epochs, batch_size, learning_rate, schedule
         _adam(model, centre, samples, y, loss, l2, *adam, seed, result, progress)
     model.to(torch.float64)
-    centre = torch.cat([c.double().reshape(-1) for c in centre])
+    centre = torch.cat([c.double().reshape(-1) for c in centre]).cpu()
     _polish(model, centre, x, y, loss, l2, polish_steps, threshold, result, progress)
     return result
 
@@ -117,11 +118,11 @@ def _adam(model, centre, x, y, loss, l2, epochs, batch_size, learning_rate, sche
 
 def _polish(model, centre, x, y, loss, l2, steps, threshold, result, progress):
     def rule(losses, w):
-        return stopping_rule(losses, w) if threshold is None else threshold
+        return stopping_rule(losses, w.to(losses.w)) if threshold is None else threshold
 
     moving = [name for name, p in model.named_parameters() if p.requires_grad]
     losses = Losses(model, x, y, loss, parameters=moving)
-    w, budget = losses.w, len(result.history) + steps
+    w, budget = losses.w.cpu(), len(result.history) + steps  # the optimiser works on the CPU, the losses where they are
     # single precision goes most of the way at half the cost; double precision has the last word
     for dtype in (torch.float32, torch.float64):
         if len(result.history) < budget:
@@ -130,7 +131,7 @@ def _polish(model, centre, x, y, loss, l2, steps, threshold, result, progress):
     with torch.no_grad():
         for name, value in losses.unflatten(w).items():
             model.get_parameter(name).copy_(value)
-    result.threshold, gradient = rule(losses, w), losses.gradient(w)
+    result.threshold, gradient = rule(losses, w), losses.gradient(w.to(losses.w)).cpu()
     result.gradient_norm = (gradient + l2 * (w - centre)).norm().item()
     result.gradient_norm_loss = gradient.norm().item()
     result.distance = (w - centre).norm().item()
@@ -145,11 +146,11 @@ def _descend(losses, w, centre, l2, budget, rule, result, progress) -> Tensor:
     Rounds of L-BFGS, which follows the flat directions, each followed by gradient steps of length
     1/||Hessian||, which settle the steep ones that the line search leaves jittering.
     """
-    dtype, seen = losses.w.dtype, {}
+    seen = {}
 
     def objective(w: Tensor) -> tuple[float, Tensor]:
-        value, gradient = losses.value_and_gradient(w.to(dtype))
-        seen["gradient"] = gradient.double() + l2 * (w - centre)
+        value, gradient = losses.value_and_gradient(w.to(losses.w))
+        seen["gradient"] = gradient.double().cpu() + l2 * (w - centre)
         return value.item() + 0.5 * l2 * (w - centre).square().sum().item(), seen["gradient"]
 
     def note(phase, value) -> None:
@@ -163,7 +164,7 @@ def _descend(losses, w, centre, l2, budget, rule, result, progress) -> Tensor:
         """The rule moves with the weights: it is taken anew only where the gradient is near the last one."""
         if seen["gradient"].norm().item() > 1.05 * result.threshold:
             return False
-        result.threshold = rule(losses, w.to(dtype))
+        result.threshold = rule(losses, w)
         return seen["gradient"].norm().item() <= result.threshold
 
     def scipy_objective(w: np.ndarray) -> tuple[float, np.ndarray]:
@@ -178,20 +179,20 @@ def _descend(losses, w, centre, l2, budget, rule, result, progress) -> Tensor:
     value = objective(w)[0]
     if not math.isfinite(value):
         raise ValueError(f"The objective is {value} before polishing: lower learning_rate and look at the inputs.")
-    result.threshold = rule(losses, w.to(dtype))
+    result.threshold = rule(losses, w)
     while not settled(w) and len(result.history) < budget:
         options = {"maxiter": ROUND, "maxfun": 3 * ROUND, "maxcor": 50, "ftol": 0.0, "gtol": 0.0}
         found = minimize(scipy_objective, w.numpy(), jac=True, method="L-BFGS-B", callback=callback, options=options)
         w = torch.from_numpy(found.x.copy())
-        result.threshold, gradient = rule(losses, w.to(dtype)), objective(w)[1]
+        result.threshold, gradient = rule(losses, w), objective(w)[1]
         if settled(w):  # here the gradient may be exactly 0, and no direction for what follows
             break
         some = torch.arange(min(256, losses.n))  # a step of 1/norm is stable up to a norm twice too small
 
-        curvature = losses.hessian(w.to(dtype), some)
+        curvature = losses.hessian(w.to(losses.w), some)
 
         def bend(v, curvature=curvature):
-            return curvature(v.to(dtype)).double() + l2 * v
+            return curvature(v.to(losses.w)).double().cpu() + l2 * v
 
         steepest = operator_norm(bend, gradient, tolerance=1e-2, max_steps=12)
         for _ in range(ROUND // 2):
@@ -215,5 +216,6 @@ def stopping_rule(losses: Losses, w: Tensor) -> float:
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of samples whose largest logit is the label's."""
     with torch.no_grad(), second_order_mode():
-        x = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
-        return (logits(model, x).argmax(-1) == y).double().mean().item()
+        weights = next(model.parameters())
+        x = x.to(weights) if x.is_floating_point() else x.to(weights.device)
+        return (logits(model, x).argmax(-1) == y.to(x.device)).double().mean().item()
