@@ -3,7 +3,10 @@
 Each part works on a copy of the tree with a study of tiny runs and says what it saw; the script exits with 1 if a
 promise was broken. `kill` and `together` compare all result files with those of an undisturbed study byte for byte,
 but for the times in run.json and the stamps inside executed notebooks and figures. About ten minutes on two cores,
-`many` (200 runs through notebooks 01 and 02) another twenty.
+`many` (200 runs through notebooks 01 and 02) another twenty. `slurm` sends a study through a Slurm of one node and
+compares likewise, only when asked for by name, as root, with requirements-slurm.txt installed (ten minutes):
+
+    tests/slurm/start.sh && .venv/bin/python tests/check_batches.py --parts slurm; tests/slurm/stop.sh
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -28,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from execution import ENVIRONMENT, TINY, tree
 
-PARTS = ("kill", "failure", "disk", "together", "many")
+PARTS = ("kill", "failure", "disk", "together", "many", "slurm")
 SMALL = TINY | {"n_samples": 200, "n_weights": 2, "plane_points": 2, "retrain_sizes": [], "radii": [1e-2]}
 
 
@@ -178,15 +182,40 @@ def many(where: Path, count: int) -> bool:
     return done.returncode == 0 and ended == count
 
 
+def slurm(where: Path) -> bool:
+    """A study through the Slurm of tests/slurm/start.sh, as the README says, and here: the same files."""
+    if not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode:
+        print("slurm: no Slurm answers: run tests/slurm/start.sh as root.", flush=True)
+        return False
+    runs = {"one": {}, "two": {"seed": 2}}
+    local, sent = study(tree(where / "local"), runs), study(tree(where / "sent"), runs)
+    begun = time.monotonic()
+    assert snakemake(local).returncode == 0
+    middle = time.monotonic()
+    profile = ["--profile", str(ROOT / "profiles" / "slurm"), "--slurm-init-seconds-before-status-checks", "5"]
+    done = subprocess.run([sys.executable, "-m", "snakemake", *profile, "--config", "study=studies/batch.yaml"],
+                          cwd=sent, env=ENVIRONMENT, capture_output=True, text=True)  # fmt: skip
+    ended = time.monotonic()
+    if done.returncode:
+        print("  " + "\n  ".join(done.stderr.splitlines()[-10:]))
+    queue = ["squeue", "--states=all", "--noheader", "--format=%T %Z"]  # state and folder of each job
+    jobs = subprocess.run(queue, capture_output=True, text=True, check=True).stdout.splitlines()
+    states = dict(Counter(line.split()[0] for line in jobs if line.endswith(f" {sent}")))
+    different = differences(results(local), results(sent))
+    print(f"slurm: exit {done.returncode}, jobs {states}, {ended - middle:.0f} s (local: {middle - begun:.0f} s); "
+          f"{len(results(local))} files, different: {different or 'none'}", flush=True)  # fmt: skip
+    return done.returncode == 0 and states == {"COMPLETED": 6 * len(runs) + 1} and not different
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="*", default=PARTS[:-1], choices=PARTS)
+    parser.add_argument("--parts", nargs="*", default=PARTS[:-2], choices=PARTS)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--runs", type=int, default=200, help="of the part many")
     arguments, kept = parser.parse_args(), True
     for part in arguments.parts:
         with tempfile.TemporaryDirectory() as folder:
-            for name in ("calm", "hunted", "failure", "disk", "alone", "shared", "many"):
+            for name in ("calm", "hunted", "failure", "disk", "alone", "shared", "many", "local", "sent"):
                 (Path(folder) / name).mkdir()
             more = {"kill": [arguments.kills], "many": [arguments.runs]}.get(part, [])
             kept &= globals()[part](Path(folder), *more)
