@@ -253,7 +253,7 @@ def test_writing_is_what_jupyter_writes(good):
 def test_normalised_copies_of_equal_runs_are_equal(good, tmp_path):
     _, notebook = good
     made = []
-    for time in ("2026-01-01", "2027-01-01"):
+    for time, pieces in (("2026-01-01", ["fine\nand more\n"]), ("2027-01-01", ["fine\n", "and ", "more\n"])):
         executed = copy.deepcopy(notebook)
         executed["metadata"] |= {
             "papermill": {"start_time": time},
@@ -261,13 +261,14 @@ def test_normalised_copies_of_equal_runs_are_equal(good, tmp_path):
         }
         for c in executed["cells"]:
             c["metadata"] |= {"papermill": {"start_time": time}, "execution": {"iopub.execute_input": time}}
-        executed["cells"][2]["outputs"] = [stream("fine\n"), stream(time, "stderr")]
+        noise = stream(time, "stderr")
+        executed["cells"][2]["outputs"] = [o for text in pieces for o in (stream(text), noise)]
         executed["cells"].insert(2, cell("code", f"x = '{time}'", "i", metadata={"tags": ["injected-parameters"]}))
         notebooks.write(tmp_path / "in.ipynb", executed)
         notebooks.normalise(tmp_path / "in.ipynb", tmp_path / f"{time}.ipynb")
         made.append((tmp_path / f"{time}.ipynb").read_text())
     assert made[0] == made[1] and "2026" not in made[0] and "injected" not in made[0]
-    assert json.loads(made[0])["cells"][2]["outputs"] == [stream("fine\n")]
+    assert json.loads(made[0])["cells"][2]["outputs"] == [stream("fine\n") | {"text": ["fine\n", "and more\n"]}]
 
 
 def test_merging_refuses_a_run_made_with_other_parameters(tmp_path, monkeypatch):

@@ -132,7 +132,8 @@ def executed_path(stage: str, run: str) -> Path:
 
 
 def normalise(executed: Path | str, target: Path | str) -> None:
-    """An executed copy without what differs between two equal runs: ids of jobs, times, standard error, counts."""
+    """An executed copy without what differs between two equal runs: ids of jobs, times, standard error, counts, and
+    the pieces in which printed text arrived."""
     command = [sys.executable, "-m", "nbstripout", *NORMALISE, "--textconv", str(executed)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
@@ -144,7 +145,14 @@ def normalise(executed: Path | str, target: Path | str) -> None:
 
 
 def _put(cell: dict, outputs: list[dict], count: int) -> None:
-    cell["outputs"] = [o for o in outputs if o.get("name") != "stderr"]
+    cell["outputs"], kept = [], [o for o in outputs if o.get("name") != "stderr"]
+    for output in kept:  # a slow machine sends in two pieces what a fast one sends in one
+        last = cell["outputs"][-1] if cell["outputs"] else {}
+        if output["output_type"] == last.get("output_type") == "stream":
+            text = ["".join(o["text"]) for o in (last, output)]
+            cell["outputs"][-1] = last | {"text": "".join(text).splitlines(keepends=True)}
+        else:
+            cell["outputs"].append(output)
     cell["execution_count"] = count
     for output in cell["outputs"]:
         if "execution_count" in output:
