@@ -32,7 +32,7 @@ echo "$(date +%H:%M:%S) start" {{log.notebook:q}} >&2
 copy=$(dirname {{log.notebook:q}})/.$$.ipynb
 trap 'rm -f "$copy"' EXIT
 if {PYTHON} -m papermill {{input.notebook:q}} "$copy" -y {{params.values:q}} --cwd . --no-progress-bar 2> {{log.errors:q}}
-then {PYTHON} -m utils.notebooks normalise "$copy" {{log.notebook:q}} 2>> {{log.errors:q}} && : > {{log.errors:q}}
+then {PYTHON} -m utils.notebooks normalise "$copy" {{log.notebook:q}} 2>> {{log.errors:q}} && : > {{log.errors:q}} && : > {{output.done:q}}
 else mv -f "$copy" {{log.notebook:q}} || true
 [ -s {{log.errors:q}} ] || echo "stopped without a message: killed, or out of memory." > {{log.errors:q}}
 exit 1
@@ -49,6 +49,16 @@ def errors_of(stage, run):
     return notebooks.executed_path(stage, run).with_suffix(".errors.txt")
 
 
+def done_of(stage, run):
+    """An empty file that only a notebook that succeeded leaves: a failed one keeps the old results, but not this."""
+    return f"{notebooks.executed_path(stage, run).with_suffix('.done')}"
+
+
+def attempts():
+    yield from ((stage, run) for run in study.runs for stage in notebooks.NAMES if stage != "07")
+    yield "07", study.name
+
+
 wildcard_constraints:
     run="|".join(map(re.escape, study.runs)),
 
@@ -61,6 +71,7 @@ rule all:  # every file by name: a fresh clone has findings.csv but none of the 
         [f"{runs.RUNS}/{run}/{file}" for run in study.runs for file, stage in runs.PRODUCER.items() if stage != "07"],
         f"{runs.RESULTS}/{study.name}/findings.csv",
         f"{STUDY}/run.json",
+        [done_of(stage, run) for stage, run in attempts()],
 
 
 for stage, (needs, makes) in list(runs.STAGES.items())[:-1]:
@@ -74,6 +85,7 @@ for stage, (needs, makes) in list(runs.STAGES.items())[:-1]:
             notebook=ancient(f"{notebooks.NOTEBOOKS}/{notebooks.NAMES[stage]}.ipynb"),
         output:
             [update(f"{RUN}/{file}") for file in makes],
+            done=done_of(stage, "{run}"),
         log:
             notebook=f"{RUN}/notebooks/{notebooks.NAMES[stage]}.ipynb",
             errors=f"{RUN}/notebooks/{notebooks.NAMES[stage]}.errors.txt",
@@ -95,6 +107,7 @@ rule notebook_07:
     output:
         update(f"{runs.RESULTS}/{study.name}/findings.csv"),
         update(f"{STUDY}/run.json"),
+        done=done_of("07", study.name),
     log:
         notebook=f"{STUDY}/notebooks/{notebooks.NAMES['07']}.ipynb",
         errors=f"{STUDY}/notebooks/{notebooks.NAMES['07']}.errors.txt",
@@ -106,11 +119,6 @@ rule notebook_07:
         runtime=60,
     shell:
         PAPERMILL
-
-
-def attempts():
-    yield from ((stage, run) for run in study.runs for stage in notebooks.NAMES if stage != "07")
-    yield "07", study.name
 
 
 onstart:

@@ -110,17 +110,22 @@ def orphans() -> None:
 
 
 def failure(where: Path) -> bool:
-    """One run of three cannot train; its notebook stays with the traceback, the others end."""
-    folder = study(
-        tree(where / "failure"), {"good": {}, "bad": {"learning_rate": 1e12, "epochs": 3}, "fine": {"seed": 3}}
-    )
-    done = snakemake(folder)
+    """A run trained before, and then told to train in a way that fails: its notebook stays with the traceback, its old
+    files stay, it fails again when started again, and the other two runs end."""
+    folder = tree(where / "failure")
+    study(folder, {"bad": {}})
+    assert snakemake(folder, "--until", "notebook_02").returncode == 0
+    old = (folder / "data/runs/bad/model.safetensors").read_bytes()
+    study(folder, {"good": {}, "bad": {"learning_rate": 1e12, "epochs": 3}, "fine": {"seed": 3}})
+    done, again = snakemake(folder), snakemake(folder)  # the old model stays, and never passes for the new one
+    kept = (folder / "data/runs/bad/model.safetensors").read_bytes() == old
     notebook = folder / "data/runs/bad/notebooks/02_model_training.ipynb"
     traceback = notebook.is_file() and "Traceback" in notebook.read_text()
     ended = [(folder / f"data/runs/{run}/sample_size.csv").is_file() for run in ("good", "fine")]
-    print(f"failure: exit {done.returncode}, traceback kept: {traceback}, others ended: {ended}", flush=True)
+    print(f"failure: exit {done.returncode}, and again {again.returncode}, traceback kept: {traceback}, "
+          f"others ended: {ended}, what was there before kept: {kept}", flush=True)  # fmt: skip
     print("  " + "\n  ".join(line for line in done.stderr.splitlines() if line.startswith("bad")), flush=True)
-    return done.returncode != 0 and traceback and all(ended)
+    return done.returncode != 0 and again.returncode != 0 and traceback and all(ended) and kept
 
 
 def disk(where: Path) -> bool:
