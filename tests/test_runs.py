@@ -332,6 +332,9 @@ def test_the_study_report(every_schema, monkeypatch, capsys):
     pd.testing.assert_frame_equal(committed.read_about(), runs.read_table("data/results/s/runs.csv"))
     with pytest.raises(FileNotFoundError, match=r"^study 's' has no blocks.csv in data/results/s: run the study"):
         committed.read_runs("blocks.csv")
+    never = runs.Stage("07", params.StudyReport(study="never", runs=[]), "float64")
+    with pytest.raises(FileNotFoundError, match=r"^study 'never' has no runs.csv in data/results/never: run the study"):
+        never.read_about()
     record = json.loads(Path("data/runs/_study_s/run.json").read_text())["stages"]["07"]
     assert record["inputs"]["a/bounds.csv"] == runs.sha256("data/runs/a/bounds.csv")
     assert "0.1" in runs.summary("s") and "data/results/s/findings.csv" in runs.summary("s")

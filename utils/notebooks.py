@@ -249,7 +249,6 @@ STEPS = re.compile(r"(\d+) of (\d+) steps \(.*\) done")
 
 def progress(lines, clock=time.monotonic) -> None:
     """Print Snakemake's lines as they come, those on finished steps with their rate and the time that remains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Snakemake is told, ends its jobs, and has the last word
     start = clock()
     for line in lines:
         if found := STEPS.match(line):
@@ -412,6 +411,7 @@ def main(arguments: list[str]) -> None:
             case ["render", study]:
                 render(params.read_study(study))
             case ["progress"]:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Snakemake is told, and has the last word
                 progress(sys.stdin)
             case ["html", folder]:
                 print(f"Open {html(folder)} in a browser.")

@@ -438,18 +438,20 @@ class Stage:
             pooled = check_schema(file, pd.concat(frames, ignore_index=True), pooled=True)
             with self._writing(file) as path:
                 pooled.to_csv(path, index=False, na_rep="nan", float_format="%.8g", lineterminator="\n")
-        path = self.written.get(file, self.target / file)
+        path = self.written.get(file) or self._committed(file)
+        return read_table(path, file, pooled=True)
+
+    def _committed(self, file: str) -> Path:
+        path = self.target / file
         if not path.is_file():
             raise FileNotFoundError(f"study {self.p.study!r} has no {file} in {self.target}: run the study first.")
-        if not self.p.runs:
-            self.record_input(path)
-        return read_table(path, file, pooled=True)
+        self.record_input(path)
+        return path
 
     def read_about(self) -> pd.DataFrame:
         """Notebook 07: runs.csv anew from every run's description, or as it was committed where no runs are given."""
         if not self.p.runs:
-            self.record_input(self.target / "runs.csv")
-            return self.read_csv("runs.csv")
+            return read_table(self._committed("runs.csv"))
         rows = []
         for run in self.p.runs:
             model, info = self.read_json("model.json", run), self.read_json("dataset.json", run)
