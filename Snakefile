@@ -2,7 +2,7 @@
 #
 #   snakemake --cores 2 --nolock --rerun-incomplete --keep-going --config study=studies/quickstart.yaml
 #
-# --nolock: a killed Snakemake would leave its lock behind; each notebook takes the lock of its run instead.
+# --nolock: a killed Snakemake would leave its lock behind; each notebook locks what it reads and writes instead.
 # No notebook needs this file: it only turns the study into papermill calls.
 import re
 import shlex
@@ -75,13 +75,11 @@ rule all:  # every file by name: a fresh clone has findings.csv but none of the 
 
 
 for stage, (needs, makes) in list(runs.STAGES.items())[:-1]:
-    after = ["convergence.csv"] if stage == "06" else []  # one notebook at a time writes into a run
-
     rule:
         name:
             f"notebook_{stage}"
         input:
-            *[f"{RUN}/{file}" for file in needs + after],
+            *[f"{RUN}/{file}" for file in needs],
             notebook=ancient(f"{notebooks.NOTEBOOKS}/{notebooks.NAMES[stage]}.ipynb"),
         output:
             [update(f"{RUN}/{file}") for file in makes],

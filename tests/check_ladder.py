@@ -27,6 +27,7 @@ from utils import bounds, curvature, models, params, runs
 from utils.data import Dataset
 
 STUDY = "digits_ladder"
+MEMORY = 5 * 2**30  # for the vectors of the deflated rung [bytes]
 # "prior, measured": with constants of the whole part; the number behind "deflated": dimension of its subspace
 RUNGS = ("closed_form", "prior", "prior, measured", *bounds.RUNGS[2:-1], "deflated 64", "deflated 256")
 
@@ -58,7 +59,9 @@ def of_run(folder: Path, run: str, most: int, rungs: list[str]) -> list[dict]:
         for name in rungs:
             n = samples(name, c.depth, c.d_model, most)
             rung, *how = name.replace(",", "").split()
-            options = {} if not how else {"measured": measured} if rung == "prior" else {"products": int(how[0])}
+            options = {"measured": measured} if rung == "prior" and how else {}
+            if rung == "deflated":
+                options = {"products": int(how[0]), "memory": MEMORY}
             if n == 0 or (rung == "closed_form" and c.norm != "pre"):
                 continue
             bound, cost = curvature.operations(

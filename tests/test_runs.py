@@ -349,24 +349,24 @@ def test_the_study_report(every_schema, monkeypatch, capsys):
 def in_another_process(program: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 HOLD = """
     import sys, time
     from utils import params, runs
-    begun = runs.begin("01", params.DataPreparation.model_construct(run="a", seed=1))
+    begun = runs.begin("{stage}", params.MODELS["{stage}"].model_construct(run="a", seed=1))
     print("held", flush=True)
     time.sleep({seconds})
 """
 
 
 def test_a_second_writer_is_refused_and_a_patient_one_waits():
-    other = in_another_process(HOLD.format(seconds=2.5))
+    other = in_another_process(HOLD.format(stage="01", seconds=2.5))
     assert other.stdout.readline() == "held\n"
     before = snapshot()
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"^run 'a' is being written by another process: wait for it or stop it\.$"):
+    with pytest.raises(RuntimeError, match=r"^run 'a' is in use by another process: wait for it or stop it\.$"):
         runs.begin("01", p("01"), wait_s=0.2)
     assert time.monotonic() - start < 2 and snapshot() == before
     runs.begin("01", p("01", run="b"), wait_s=0)  # another run is free
@@ -375,11 +375,51 @@ def test_a_second_writer_is_refused_and_a_patient_one_waits():
 
 
 def test_the_environment_sets_the_patience(monkeypatch):
-    other = in_another_process(HOLD.format(seconds=1.5))
+    other = in_another_process(HOLD.format(stage="01", seconds=1.5))
     assert other.stdout.readline() == "held\n"
     monkeypatch.setenv("RUN_LOCK_WAIT", "30")
     runs.begin("01", p("01"))
     assert other.wait() == 0
+
+
+def test_notebooks_that_read_the_same_files_work_side_by_side_and_keep_them_from_writers(every_schema):
+    for stage in ("01", "02", "03", "04", "05"):
+        make(stage)
+    other = in_another_process(HOLD.format(stage="04", seconds=30))
+    try:
+        assert other.stdout.readline() == "held\n"
+        runs.begin("05", p("05"), wait_s=0)
+        make("06")
+        for stage in ("01", "02", "03", "04"):  # 04 reads from the first three and writes the last
+            with pytest.raises(RuntimeError, match="in use by another process"):
+                runs.begin(stage, p(stage), wait_s=0)
+    finally:
+        other.kill()
+        other.wait()
+    runs.begin("02", p("02"), wait_s=0)
+    assert set(runs.record_of("a")) == {"01", "02", "03", "04", "05", "06"}
+
+
+def test_the_record_of_notebooks_that_finish_together_loses_none(every_schema):
+    for stage in ("01", "02", "03"):
+        make(stage)
+    program = """
+        import time
+        from tests import test_runs
+        from utils import runs
+        at_once = runs.record_of
+        runs.record_of = lambda run: (at_once(run), time.sleep(0.5))[0]  # between reading the record and writing it
+        print("ready", flush=True)
+        input()
+        test_runs.make("{stage}")
+    """
+    others = [in_another_process(program.format(stage=stage)) for stage in ("04", "05", "06")]
+    assert all(other.stdout.readline() == "ready\n" for other in others)
+    for other in others:
+        other.stdin.write("\n")
+        other.stdin.flush()
+    assert [other.wait() for other in others] == [0, 0, 0]
+    assert set(runs.record_of("a")) == {"01", "02", "03", "04", "05", "06"}
 
 
 def test_a_notebook_run_again_in_its_kernel_does_not_lock_itself_out():

@@ -494,14 +494,17 @@ def deflated(model, x, y, loss="cross_entropy", *, products=64, rounds=4, seed=0
     groups = list(dict.fromkeys(map(group_of, losses.point)))
     parts = []
     with torch.no_grad():
-        for rows in torch.arange(losses.n, device=losses.x.device).split(losses.chunk(2 * products + 8)):
+        for rows in torch.arange(losses.n, device=losses.x.device).split(losses.chunk(3 * products + 8)):
             Q, H = curvature.SampleHessians(losses, rows, "ridge"), curvature.SampleHessians(losses, rows)
             probes = curvature.uniform_start((rounds, losses.P), losses, seed)[:, None].expand(-1, len(rows), -1)
             Q.mu = _coupling_trace(Q, probes).sqrt().clamp_min(LEAST)
             for v in probes:
                 Q.balance(v)
             V, inside = _krylov(Q, probes[0], products)
-            HV = torch.stack([H(v.contiguous()) for v in V.unbind(1)], 1)  # (m, q, P)
+            HV = torch.empty_like(V)  # (m, q, P)
+            for here in torch.arange(V.shape[1], device=V.device).split(max(1, 32 // len(rows))):
+                each = torch.arange(len(rows), device=V.device).repeat_interleave(len(here))
+                HV[:, here] = H(V[:, here].flatten(0, 1), each).unflatten(0, (len(rows), -1))
             T = HV @ V.mT
             T = (T + T.mT) / 2
             trace = torch.zeros_like(inside)
@@ -510,7 +513,8 @@ def deflated(model, x, y, loss="cross_entropy", *, products=64, rounds=4, seed=0
                 walk.tape.mu, walk.tape.sigma = Q.mu[j : j + 1], {i: s[j : j + 1] for i, s in Q.sigma.items()}
                 trace[j] = ridge_trace(walk)
             top = torch.linalg.eigvalsh(T).abs().amax(1)
-            parts.append(torch.stack([top, spectral(HV - T @ V), (trace - inside).clamp_min(0) + Q.mu, trace + Q.mu]))
+            B = HV.baddbmm_(T, V, alpha=-1)
+            parts.append(torch.stack([top, spectral(B), (trace - inside).clamp_min(0) + Q.mu, trace + Q.mu]))
     top, coupling, rest, trace = torch.cat(parts, 1) * ROUNDING
     M = (top + rest) / 2 + (((top - rest) / 2).square() + coupling.square()).sqrt()
     return {"M": M * ROUNDING, "lower": top / ROUNDING, "coupling": coupling, "rest": rest, "trace": trace}
@@ -544,7 +548,10 @@ def _krylov(Q: curvature.SampleHessians, start: Tensor, steps: int) -> tuple[Ten
         v = Q(u)
         inside += (u * v).sum(1)
         least = 1e-10 * v.norm(dim=1, keepdim=True)
-        for _ in range(2):
+        curvature._orthogonalise(v, V[:, max(0, j - 1) : j + 1])  # Lanczos' recurrence
+        length = v.norm(dim=1)
+        curvature._orthogonalise(v, V[:, : j + 1])
+        if (v.norm(dim=1) < 0.7 * length).any():  # a second time is enough, where much was taken away
             curvature._orthogonalise(v, V[:, : j + 1])
     return V, inside
 

@@ -1,7 +1,8 @@
 """A run's folder `data/runs/<run>/`: what each notebook reads and writes there, and how it stays consistent.
 
-A stage is one notebook at work on one run. `begin` takes the run's lock and refuses a missing or stale input;
-results go to temporary names and `finish` renames them all, so a stage that fails leaves everything as it was.
+A stage is one notebook at work on one run. `begin` locks what it writes, and what it reads against writers, and refuses
+a missing or stale input; 04, 05 and 06 may work side by side. Results go to temporary names and `finish` renames them
+all, so a stage that fails leaves everything as it was.
 `run.json` says, per stage, with what parameters, versions and inputs its files were made.
 """
 
@@ -24,7 +25,7 @@ from utils.params import Parameters, read_study, versions
 
 RUNS, RESULTS, FIGURES = Path("data/runs"), Path("data/results"), Path("figures")  # below the project's root
 
-# stage: (files it needs, files it writes); a stage may also read any file of an earlier one
+# stage: (files it needs, files it writes); it may also read other files of the stages that made those it needs
 _DATA, _MODEL = ["dataset.npz", "dataset.json"], ["model.safetensors", "model.json"]
 STAGES: dict[str, tuple[list[str], list[str]]] = {
     "01": ([], _DATA),
@@ -34,11 +35,12 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
         ["per_sample_norms.csv", "hessian_norms.csv", "trace.csv", "blocks.csv", "spectrum.csv", "estimators.csv"],
     ),
     "04": (_DATA + _MODEL + ["per_sample_norms.csv"], ["bounds.csv"]),
-    "05": (_DATA + _MODEL + ["per_sample_norms.csv", "bounds.csv"], ["convergence.csv", "verdicts.csv"]),
+    "05": (_DATA + _MODEL + ["per_sample_norms.csv", "hessian_norms.csv"], ["convergence.csv", "verdicts.csv"]),
     "06": (_DATA + _MODEL, ["sample_size.csv"]),
     "07": ([], ["findings.csv", "runs.csv"]),  # reads every table of every run of its study, pools those it uses
 }
 PRODUCER = {file: stage for stage, (_, files) in STAGES.items() for file in files}
+SOURCES = {stage: sorted({PRODUCER[file] for file in needs}) for stage, (needs, _) in STAGES.items()}
 
 # The data dictionary: file -> column -> (dtype, meaning [unit]). Checked on writing and on reading.
 # No device and no wall time here: a table is the same bytes when it is made again; run.json has them.
@@ -354,25 +356,28 @@ def _writable(what: str):
         ) from None
 
 
-_held: dict[Path, int] = {}  # locks of this process: a notebook that is run again takes its own lock over
+_held: dict[Path, int] = {}  # lock files of this process: a notebook that is run again takes its own locks over
 
 
-def _lock(folder: Path, label: str, wait_s: float) -> None:
+def _lock(folder: Path, label: str, stage: str, wait_s: float) -> None:
+    """Lock the byte of `stage` in the run's lock file for writing and those of the stages that it reads for reading."""
     path = (folder / ".lock").resolve()
     _unlock(folder)
     with _writable(label):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, start = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic()
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() - start >= wait_s:
-                os.close(descriptor)
-                raise RuntimeError(f"{label} is being written by another process: wait for it or stop it.") from None
-            time.sleep(0.1)
     _held[path] = descriptor
+    for byte in (*SOURCES[stage], stage):  # in the order of the stages, so that no two wait for each other
+        kind = fcntl.LOCK_EX if byte == stage else fcntl.LOCK_SH
+        while True:
+            try:
+                fcntl.lockf(descriptor, kind | fcntl.LOCK_NB, 1, int(byte))
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() - start >= wait_s:
+                    _unlock(folder)
+                    raise RuntimeError(f"{label} is in use by another process: wait for it or stop it.") from None
+                time.sleep(0.1)
 
 
 def _unlock(folder: Path) -> None:
@@ -402,8 +407,8 @@ class Stage:
             return self.written.get(file, self.target / file)
         if run is None and self.stage == "07":
             raise ValueError(f"notebook 07 reads many runs: name the one whose {file} is meant.")
-        if PRODUCER.get(file, self.stage) >= self.stage:
-            raise ValueError(f"notebook {self.stage} cannot read {file}: it may read what earlier notebooks wrote.")
+        if PRODUCER.get(file, self.stage) not in (SOURCES[self.stage] if run is None else list(STAGES)[:-1]):
+            raise ValueError(f"notebook {self.stage} cannot read {file}: say in runs.STAGES what it needs.")
         checked = self._checked[run or self.run]
         self.inputs[f"{run}/{file}" if run else file] = checked.hash(file)
         return checked.folder / file
@@ -509,7 +514,7 @@ class Stage:
             path.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
     def finish(self) -> None:
-        """Publish every file, then run.json, and give the lock back. Raises ValueError if a file is missing.
+        """Publish every file, then run.json, and give the locks back. Raises ValueError if a file is missing.
 
         If the process dies between two renames, run.json no longer agrees with the files and the next stage says so.
         """
@@ -530,6 +535,7 @@ class Stage:
         for file, path in self.written.items():
             os.replace(path, self.target / file)
         self.written = {}
+        fcntl.lockf(_held[(self.folder / ".lock").resolve()], fcntl.LOCK_EX, 1, 0)  # byte 0: the record
         stages = record_of(self.run) | {self.stage: entry}
         with _writable(f"run.json of run {self.run!r}"), atomic(self.folder / "run.json") as path:
             path.write_text(_as_json({"run": self.run, "stages": dict(sorted(stages.items()))}))
@@ -537,11 +543,11 @@ class Stage:
 
 
 def begin(stage: str, p: Parameters, wait_s: float | None = None, dtype: str = "float64") -> Stage:
-    """Start notebook `stage` on the run `p.run` (07: on the runs `p.runs`): check its inputs, take the lock.
+    """Start notebook `stage` on the run `p.run` (07: on the runs `p.runs`): check its inputs, take the locks.
 
-    Waits `wait_s` seconds for another writer (default: RUN_LOCK_WAIT of the environment, else 2).
+    Waits `wait_s` seconds for another process (default: RUN_LOCK_WAIT of the environment, else 2).
     Raises FileNotFoundError where an earlier notebook has not run, ValueError where an input has changed since or the
-    device is not there, RuntimeError where another process keeps the lock; each with one sentence.
+    device is not there, RuntimeError where another process keeps a lock; each with one sentence.
     """
     begun = Stage(stage, p, dtype)
     if begun.device != "cpu":
@@ -552,9 +558,9 @@ def begin(stage: str, p: Parameters, wait_s: float | None = None, dtype: str = "
     if stage not in ("01", "07") and not begun.folder.is_dir():
         raise FileNotFoundError(f"run {begun.run!r} does not exist in {RUNS}/: run notebook 01 first.")
     wait_s = float(os.environ.get("RUN_LOCK_WAIT", "2")) if wait_s is None else wait_s
-    _lock(begun.folder, f"run {begun.run!r}", wait_s)
+    _lock(begun.folder, f"run {begun.run!r}", stage, wait_s)
     try:
-        begun._checked = {run: _Checked(run) for run in begun._checked}  # as they are now that the lock is ours
+        begun._checked = {run: _Checked(run) for run in begun._checked}  # as they are now that the locks are ours
         for file in STAGES[stage][0]:
             begun._path(file)
         if stage == "07":
