@@ -250,6 +250,18 @@ def test_deflated_reaches_the_norm():
     assert ratios[0] > ratios[1] > ratios[2] >= 1 - 1e-9 and ratios[2] < 1.3
 
 
+@pytest.mark.parametrize("decades", [2, 8, 14])
+def test_krylov_spaces_are_orthonormal(decades):
+    """However fast the eigenvalues fall: the bound takes V^T V = 1 for granted. Exhausted spaces end in zeros."""
+    torch.manual_seed(0)
+    values = torch.logspace(0, -decades, 40, dtype=F64)
+    U = torch.linalg.qr(torch.randn(2, 60, 60, dtype=F64)).Q[:, :, :40]
+    V, inside = forms._krylov(lambda u: (U @ (values[:, None] * (U.mT @ u[..., None])))[..., 0], U.sum(2), 60)
+    gram, used = V @ V.mT, V.norm(dim=2) > 0
+    assert (gram - torch.diag_embed(used.double())).abs().max() < 1e-13
+    assert (inside - values.sum()).abs().max() < 1e-8 and used.sum(1).max() < 60
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_networks_of_linear_layers(activation, bias):
