@@ -384,7 +384,18 @@ def test_agreement_is_rounding_in_both_precisions():
     assert list(double) == list(single) and len(double) == 9
     assert max(double.values()) < 1e-14
     assert 1e-9 < max(single.values()) < 5e-6
-    assert sum(value > 0 for value in single.values()) > 4  # on some processors a few agree to the last bit
+
+
+def test_agreement_sees_an_error_in_every_expression(monkeypatch):
+    """The control: tangents that are wrong by 1e-6 move each distance that far, also one that rounding leaves at 0."""
+
+    class Wrong(calculus.Tape):
+        def tangents(self, *given, **options):
+            return {name: t * (1 + 1e-6) for name, t in super().tangents(*given, **options).items()}
+
+    monkeypatch.setattr(calculus, "Tape", Wrong)
+    wrong = agreement(F64)
+    assert len(wrong) == 9 and all(1e-7 < value < 1e-5 for value in wrong.values())
 
 
 def test_confident_sample_in_single_precision():
