@@ -66,7 +66,7 @@ def test_notebooks_give_the_same_tables_on_the_gpu(tmp_path):
         done = papermill(folder, stage, **TINY | more)
         assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((folder / "data/runs/there/run.json").read_text())["stages"]
-    assert record["03"]["device"] == "cuda"
+    assert record["03"]["device"] == "cuda" and record["03"]["versions"]["gpu"]
     for file in ("per_sample_norms.csv", "hessian_norms.csv", "bounds.csv"):
         a, b = (table(folder, file, run).select_dtypes("float").drop(columns=["residual"], errors="ignore")
                 for run in ("here", "there"))  # fmt: skip

@@ -115,6 +115,18 @@ def test_run_json_says_how_files_were_made(every_schema):
     assert entry["outside_inputs"] == {"weights.bin": runs.sha256("weights.bin")} and entry["wall_time_s"] >= 0
 
 
+def test_a_study_says_which_gpu_and_versions_it_used():
+    folder = Path("data/runs/a")
+    folder.mkdir(parents=True)
+    here = {"device": "cpu", "versions": {"torch": "2.13.0+cpu"}}
+    there = {"device": "cuda", "versions": {"torch": "2.11.0", "gpu": "NVIDIA H200"}}
+    (folder / "run.json").write_text(json.dumps({"run": "a", "stages": {stage: here for stage in ("01", "02", "03")}}))
+    assert runs.made_by("a") == {"torch": "2.13.0", "gpu": ""}
+    stages = {"01": here, "02": there, "03": here, "05": there, "07": there}
+    (folder / "run.json").write_text(json.dumps({"run": "a", "stages": stages}))
+    assert runs.made_by("a") == {"torch": "2.11.0, 2.13.0", "gpu": "NVIDIA H200: 02 05"}
+
+
 def test_nothing_is_published_before_finish(every_schema):
     make("01")
     before = snapshot()

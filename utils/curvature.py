@@ -270,7 +270,7 @@ class SampleHessians:
     def __init__(self, losses: Losses, rows: Tensor, part: str = "full"):
         if part not in ("majorant", "ridge") or losses.steps is None:
             _check_part(part)
-        self.losses, self.rows, self.part = losses, rows, part
+        self.losses, self.rows, self.part = losses, rows.to(losses.w.device), part
         self.here, self.tape, self.sigma, self.mu = None, None, {}, None
 
     def _tape_of(self, local: Tensor) -> calculus.Tape:

@@ -340,9 +340,14 @@ def validate(model: type[Parameters], namespace: dict, dtype: str = "float64") -
     return p
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that the numbers depend on."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+def versions(device: str = "cpu") -> dict[str, str]:
+    """Versions of Python and of the libraries that the numbers depend on; the name of the GPU where one is used."""
+    found = {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+    if device != "cpu":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 # --- the notebooks' defaults and the studies -----------------------------------------------------

@@ -200,6 +200,8 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
         "converged": ("bool", "did training end by the stopping rule?"),
         "accuracy_training": ("float", "share of the training samples classified right [1]"),
         "accuracy_held_out": ("float", "share of the held-out samples classified right [1]"),
+        "torch": ("str", "version of PyTorch, of all if notebooks 02 to 06 had several"),
+        "gpu": ("str", "GPU and the notebooks that used it, empty where all ran on the CPU"),
     },
     "findings.csv": {
         "question": ("str", "which of the three questions"),
@@ -317,6 +319,17 @@ def record_of(run: str) -> dict:
         return {}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} and start with notebook 01.") from None
+
+
+def made_by(run: str) -> dict[str, str]:
+    """Columns `torch` and `gpu` of runs.csv: with what notebooks 02 to 06 of the run were executed."""
+    record = {stage: entry for stage, entry in sorted(record_of(run).items()) if "02" <= stage <= "06"}
+    torches, gpus = {entry["versions"]["torch"].partition("+")[0] for entry in record.values()}, {}
+    for stage, entry in record.items():
+        if entry["device"] != "cpu":
+            gpus.setdefault(entry["versions"]["gpu"], []).append(stage)
+    gpu = "; ".join(f"{name}: {' '.join(stages)}" for name, stages in gpus.items())
+    return {"torch": ", ".join(sorted(torches)), "gpu": gpu}
 
 
 class _Checked:
@@ -467,6 +480,7 @@ class Stage:
             row |= {"heads": config.get("n_heads", nan), "norm": config.get("norm", "")}
             row |= {key: model[key] for key in ("gradient_norm", "threshold", "converged")}
             row |= {f"accuracy_{part.replace('-', '_')}": model["accuracy"][part] for part in ("training", "held-out")}
+            row |= made_by(run)
             rows.append(row)
         return check_schema("runs.csv", pd.DataFrame(rows))
 
@@ -523,7 +537,7 @@ class Stage:
             raise ValueError(f"notebook {self.stage} has not written {missing[0]}: write it before finish().")
         entry = {
             "parameters": self.p.model_dump(),
-            "versions": versions(),
+            "versions": versions(self.device),
             "device": self.device,
             "dtype": self.dtype,
             "seed": getattr(self.p, "seed", None),
