@@ -437,6 +437,16 @@ def test_a_ball_answer_is_enough():
     assert strays <= 0.2 * 200
 
 
+@pytest.mark.parametrize("scale", [1e100, 1e200])
+def test_a_bound_whose_square_is_no_double_still_gives_an_answer(scale, monkeypatch):
+    model, x, y = linear_pilot(400)
+    drawn = 1 + torch.rand(len(x), dtype=torch.float64)
+    monkeypatch.setattr("utils.sample_size.norms_on_ball", lambda *_: scale * drawn)
+    sure = required_samples(model, x, y, 1.0, 1e-4, 0.9, "ball", rung="prior")
+    assert sure.terms["moment"] == pytest.approx(scale * float(drawn.square().mean().sqrt()), rel=1e-12)
+    assert math.isfinite(sure.terms["moment_upper"]) and sure.verdict == "cannot tell" and math.isinf(sure.k)
+
+
 def test_fixed_probes_by_simulation():
     values, n = np.random.default_rng(5).uniform(size=(4, 3000)), 3000
     k = k_fixed_probes(values[:, :300], 0.1, 0.9, n, ceiling=1.0)

@@ -514,30 +514,33 @@ def _ball(losses, tolerance, radius, confidence, kurtosis, seed, model, rung, re
         Y = ball_moments(losses, rung is None, seed)
     else:
         Y = {"S": pair_moments(losses.values().cpu()[:, None])}
-    spreads, moments = len(Y), None
+    spreads, norms, unit = len(Y), None, 1.0
     if R > 0 and rung is not None:
-        moments, spreads = norms_on_ball(model, losses, R, rung) ** 2, spreads + 1
+        norms, spreads = norms_on_ball(model, losses, R, rung), spreads + 1
     pairs = max(1, len(_rows(losses.x)) // 2)  # copies count once
     share = budget(pairs, kurtosis, delta, spreads)
     found = {name: limits(*both, pairs, kurtosis, share / spreads) for name, both in Y.items()}
-    if moments is not None and bool(moments.isfinite().all()):
-        mean, square = moments.mean().item(), moments.square().mean().item()
+    if norms is not None and bool(norms.isfinite().all()):
+        unit = norms.max().item() or 1.0  # the fourth power of an a-priori bound may be no double
+        squares = (norms / unit) ** 2
+        mean, square = squares.mean().item(), squares.square().mean().item()
         found["moment"] = limits(mean, square, 2 * pairs, kurtosis, share / spreads)
     at = {"S": 1.0, "gradient": R, "curvature": R**2 / 2}
     worst = max(s.kurtosis for s in found.values())
 
     def size(which, budgeted):
         B = sum(at[name] * math.sqrt(getattr(found[name], which)) for name in Y)
-        moment = 0.0 if moments is None else math.inf
+        moment = 0.0 if norms is None else math.inf
         if "moment" in found:
-            moment = R**2 * math.sqrt(getattr(found["moment"], which))
+            moment = R**2 * unit * math.sqrt(getattr(found["moment"], which))
         if tolerance <= 0 or math.isinf(B) or math.isinf(moment):
             return math.inf
         return k_ball(B, tolerance, 1 - budgeted, remainder, moment, worst)
 
     k, upper = size("estimate", delta), size("upper", delta - share)
-    terms = {name: math.sqrt(s.estimate) for name, s in found.items()}
-    terms |= {f"{name}_upper": math.sqrt(s.upper) for name, s in found.items()}
+    units = dict.fromkeys(Y, 1.0) | {"moment": unit}
+    terms = {name: units[name] * math.sqrt(s.estimate) for name, s in found.items()}
+    terms |= {f"{name}_upper": units[name] * math.sqrt(s.upper) for name, s in found.items()}
     terms |= {"pairs": pairs, "kurtosis": worst, "pilot_failure": share, "remainder": remainder}
     out_of_reach = math.isinf(k)  # no pilot helps: what does not fall with k is above the tolerance
     return _said(k, 1, upper, n, math.inf if out_of_reach else least_pilot(worst, share / spreads), terms)
