@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from utils import curvature
 from utils.curvature import (
@@ -29,6 +30,7 @@ from utils.curvature import (
     hessian_vector_product,
     lanczos,
     lanczos_epsilon,
+    operations,
     operator_norm,
     per_sample_gradients,
     per_sample_hessian_norms,
@@ -186,6 +188,26 @@ def test_derivatives_are_double_backward(name):
     close(losses.product(v, rows=rows), (each[0][2] + each[1][2]) @ v / 2)
     close(losses.gradient(rows=rows), (each[0][1] + each[1][1]) / 2)
     close(losses.values(rows=rows), losses.values()[rows], 1e-12)
+    weights = torch.tensor([0.7, -2.0], dtype=F64)
+    found, gradient = losses.value_and_gradient(rows=rows, weights=weights)
+    close(found, weights @ losses.values()[rows], 1e-12)
+    close(gradient, weights @ gradients[rows])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operations_are_those_of_torch(name):
+    """The counter of torch itself, and twice as many for twice the samples."""
+    model, x, y, loss = case(name)
+    losses = Losses(model, x, y, loss)
+    losses.sample_gradients()  # the size of the activations is found once
+    _, ours = operations(losses.sample_gradients)
+    with FlopCounterMode(display=False) as counter:
+        losses.sample_gradients()
+    assert ours == counter.get_total_flops() > 0
+    double = Losses(model, torch.cat([x, x]), torch.cat([y, y]), loss)
+    double.sample_gradients()
+    _, twice = operations(double.sample_gradients)
+    assert twice == 2 * ours
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if "relu" not in n])

@@ -199,7 +199,15 @@ def notebooks(tmp_path):
     folder = tmp_path / "notebooks"
     folder.mkdir()
     some = {"run": "quickstart", "study": "quickstart", "runs": ["quickstart"], "sizes": [1, 2], "radii": [0.1]}
-    some |= {"tolerances": [0.1], "rungs": ["prior"], "norm": "pre", "activation": "gelu", "pool": "cls", "weights": ""}
+    some |= {
+        "tolerances": [0.1],
+        "rungs": ["prior"],
+        "sweeps": [],
+        "norm": "pre",
+        "activation": "gelu",
+        "pool": "cls",
+        "weights": "",
+    }
     some |= {"loss": "mse", "model": "vit", "dataset": "digits", "data_root": "", "confidence": 0.9, "eps": 1e-5}
     some |= {"calibration_fraction": 0.2, "test_fraction": 0.2, "n_pool": 4, "probes": 6, "retrain_sizes": []}
     some |= {"order": "random", "schedule": "cosine", "device": "cpu"}

@@ -800,9 +800,14 @@ class Tape:
             self._adjoints = self._back({"loss": torch.ones_like(self.losses)}, None, None, len(self._chain), {})
         return self._adjoints
 
-    def gradient(self) -> dict[str, Tensor]:
-        """Gradients by parameter: (n, ...), or summed over the samples. None where a parameter has no influence."""
-        return {name: self.adjoints.get(name) for name in self.moving}
+    def gradient(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Gradients by parameter: (n, ...), or summed over the samples, each times its weight in `weights` (n,) where
+        they are given. None where a parameter has no influence."""
+        if weights is None:
+            found = self.adjoints
+        else:
+            found = self._back({"loss": weights}, None, None, len(self._chain), {})
+        return {name: found.get(name) for name in self.moving}
 
     def _forms_of(self) -> list:
         if self._forms is None:

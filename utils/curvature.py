@@ -24,10 +24,12 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from utils import calculus, pyhessian_adapter
 from utils.models import (
+    LOSSES,
     logits,
     loss_from_logits,
     prepared_copy,
@@ -67,8 +69,8 @@ class Losses:
 
     x (n, ...) and y (n,) are the samples, `parameters` the name patterns of the coordinates that move. `memory`
     [bytes] is the budget from which chunk sizes follow; `chunk_size` [samples] overrides them.
-    Raises ValueError for patterns that match nothing, for weights that are not finite and for models whose loss of
-    a sample is random or depends on other samples.
+    Raises ValueError for an unknown loss, for patterns that match nothing, for weights that are not finite and for
+    models whose loss of a sample is random or depends on other samples.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class Losses:
     ):
         if len(x) != len(y) or len(x) == 0:
             raise ValueError(f"x has {len(x)} samples and y has {len(y)}: give as many labels as inputs, at least one.")
+        if loss not in LOSSES:
+            raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
         if device is None:
             device = next(model.parameters()).device
         self.model = prepared_copy(model, dtype, device)
@@ -175,16 +179,22 @@ class Losses:
         self, w: Tensor | None = None, rows: Tensor | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean loss over `rows` at w, and its gradient (P,); with `weights` (m,), the weighted sum of their losses."""
-        rows, value = self._all(rows), 0.0
+        rows, value, gradient = self._all(rows), 0.0, torch.zeros_like(self.w)
         weights = self.w.new_full((len(rows),), 1 / len(rows)) if weights is None else weights.to(self.w)
-        point = {n: t.detach().clone().requires_grad_(True) for n, t in self._at(w).items()}
-        total = [torch.zeros_like(t) for t in point.values()]
-        with torch.enable_grad(), second_order_mode():
-            for r, c in zip(rows.split(256), weights.split(256), strict=True):
-                batch = self._batch(point, self.x[r], self.y[r]) @ c
-                found = torch.autograd.grad(batch, list(point.values()), materialize_grads=True)
-                value, total = value + batch.detach().double(), [a + b for a, b in zip(total, found, strict=True)]
-        return value, torch.cat([t.reshape(-1) for t in total])
+        point = {n: t.detach() for n, t in self._at(w).items()}
+        for r, c in zip(rows.split(128), weights.split(128), strict=True):
+            if self.steps is not None:
+                tape = self._tape(point, r, True)
+                batch, found = tape.losses @ c, tape.gradient(c)
+            else:
+                with torch.enable_grad(), second_order_mode():
+                    leaves = {n: t.clone().requires_grad_(True) for n, t in point.items()}
+                    batch = self._batch(leaves, self.x[r], self.y[r]) @ c
+                    parts = torch.autograd.grad(batch, list(leaves.values()), materialize_grads=True)
+                found = dict(zip(leaves, parts, strict=True))
+            with torch.no_grad():
+                value, gradient = value + batch.detach().double(), gradient + self.flatten(found)
+        return value, gradient
 
     def gradient(self, w: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Gradient (P,) at w of the mean loss over `rows`."""
@@ -318,14 +328,27 @@ def _check_part(part: str) -> None:
         raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}.")
 
 
+class _Operations(TorchDispatchMode):
+    """torch's count of every matrix product, without the bookkeeping by module that makes `FlopCounterMode` slow."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        count = flop_registry.get(operator.overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def operations(function: Callable, *inputs, **options) -> tuple[object, int]:
     """What the function returns for these inputs, and the floating-point operations of its matrix products.
 
     As torch counts them: element-wise work and eigenvalue problems are left out.
     """
-    with FlopCounterMode(display=False) as counter:
+    with _Operations() as counter:
         found = function(*inputs, **options)
-    return found, counter.get_total_flops()
+    return found, counter.total
 
 
 class Logits(nn.Module):

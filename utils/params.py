@@ -192,6 +192,11 @@ class BoundComparison(Parameters):
     n_bounds: Count
     n_dense: Count
     products: Count
+    sweeps: _says(
+        list[Literal["depth", "width", "heads", "tokens", "scale"]],
+        "a list of different names out of depth, width, heads, tokens, scale, or an empty one",
+        AfterValidator(_distinct),
+    )
     confidence: Fraction
     device: Device
     seed: Seed

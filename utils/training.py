@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from utils.curvature import Losses, operator_norm
 from utils.models import (
     logits,
-    loss_from_logits,
     prepared_copy,
     refuse_random_or_batch_dependent,
     second_order_mode,
@@ -77,50 +76,52 @@ def train(
     x, y = x.to(device), y.to(device)
     refuse_random_or_batch_dependent(prepared_copy(model), x.double() if x.is_floating_point() else x)
     model.to(torch.float32 if epochs else torch.float64).eval()
-    centre = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-    if not centre:
+    moving = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not moving:
         raise ValueError("No parameter of the model requires a gradient: unfreeze some and run again.")
+    centre = torch.cat([model.get_parameter(name).detach().double().reshape(-1) for name in moving]).cpu()
     if epochs:
-        samples = x.float() if x.is_floating_point() else x
         adam = epochs, batch_size, learning_rate, schedule
-        _adam(model, centre, samples, y, loss, l2, *adam, seed, result, progress)
+        _adam(model, moving, x, y, loss, l2, *adam, seed, result, progress)
     model.to(torch.float64)
-    centre = torch.cat([c.double().reshape(-1) for c in centre]).cpu()
-    _polish(model, centre, x, y, loss, l2, polish_steps, threshold, result, progress)
+    _polish(model, moving, centre, x, y, loss, l2, polish_steps, threshold, result, progress)
     return result
 
 
-def _adam(model, centre, x, y, loss, l2, epochs, batch_size, learning_rate, schedule, seed, result, progress):
+def _adam(model, moving, x, y, loss, l2, epochs, batch_size, learning_rate, schedule, seed, result, progress):
     generator = torch.Generator().manual_seed(seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    losses = Losses(model, x, y, loss, parameters=moving, dtype=torch.float32)
+    w, centre = losses.w, losses.w.clone()
+    optimizer = torch.optim.Adam([w], lr=learning_rate)
     steps, rates = epochs * math.ceil(len(x) / batch_size), torch.optim.lr_scheduler
     cosine = schedule == "cosine"
     rate = rates.CosineAnnealingLR(optimizer, steps) if cosine else rates.ConstantLR(optimizer, factor=1.0)
     for epoch in range(1, epochs + 1):
         total = 0.0
         for rows in torch.randperm(len(x), generator=generator).split(batch_size):
-            optimizer.zero_grad()
-            with second_order_mode():
-                value = loss_from_logits(logits(model, x[rows]), y[rows], loss).mean()
-            value = value + 0.5 * l2 * sum((p - c).square().sum() for p, c in zip(parameters, centre, strict=True))
-            value.backward()
+            value, gradient = losses.value_and_gradient(w, rows)
+            total += (value + 0.5 * l2 * (w - centre).square().sum()).item() * len(rows) / len(x)
+            w.grad = gradient + l2 * (w - centre)
             optimizer.step()
             rate.step()
-            total += value.item() * len(rows) / len(x)
         if not math.isfinite(total):
             raise ValueError(f"The objective became {total} in epoch {epoch}: lower learning_rate and run again.")
-        norm = math.sqrt(sum(p.grad.square().sum().item() for p in parameters if p.grad is not None))
+        norm = w.grad.norm().item()
         result.history.append({"step": epoch, "phase": "adam", "objective": total, "gradient_norm": norm})
         progress(f"epoch {epoch}/{epochs}: objective {total:.4f}")
-    optimizer.zero_grad(set_to_none=True)
+    _put(model, losses.unflatten(w))
 
 
-def _polish(model, centre, x, y, loss, l2, steps, threshold, result, progress):
+def _put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in tensors.items():
+            model.get_parameter(name).copy_(value)
+
+
+def _polish(model, moving, centre, x, y, loss, l2, steps, threshold, result, progress):
     def rule(losses, w):
         return stopping_rule(losses, w.to(losses.w)) if threshold is None else threshold
 
-    moving = [name for name, p in model.named_parameters() if p.requires_grad]
     losses = Losses(model, x, y, loss, parameters=moving)
     w, budget = losses.w.cpu(), len(result.history) + steps  # the optimiser works on the CPU, the losses where they are
     # single precision goes most of the way at half the cost; double precision has the last word
@@ -128,9 +129,7 @@ def _polish(model, centre, x, y, loss, l2, steps, threshold, result, progress):
         if len(result.history) < budget:
             single = Losses(model, x, y, loss, parameters=moving, dtype=dtype)
             w = _descend(single, w, centre, l2, budget, rule, result, progress)
-    with torch.no_grad():
-        for name, value in losses.unflatten(w).items():
-            model.get_parameter(name).copy_(value)
+    _put(model, losses.unflatten(w))
     result.threshold, gradient = rule(losses, w), losses.gradient(w.to(losses.w)).cpu()
     result.gradient_norm = (gradient + l2 * (w - centre)).norm().item()
     result.gradient_norm_loss = gradient.norm().item()
@@ -181,7 +180,7 @@ def _descend(losses, w, centre, l2, budget, rule, result, progress) -> Tensor:
         raise ValueError(f"The objective is {value} before polishing: lower learning_rate and look at the inputs.")
     result.threshold = rule(losses, w)
     while not settled(w) and len(result.history) < budget:
-        options = {"maxiter": ROUND, "maxfun": 3 * ROUND, "maxcor": 50, "ftol": 0.0, "gtol": 0.0}
+        options = {"maxiter": ROUND, "maxfun": 3 * ROUND, "maxcor": 20, "ftol": 0.0, "gtol": 0.0}
         found = minimize(scipy_objective, w.numpy(), jac=True, method="L-BFGS-B", callback=callback, options=options)
         w = torch.from_numpy(found.x.copy())
         result.threshold, gradient = rule(losses, w), objective(w)[1]
