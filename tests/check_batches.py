@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -88,7 +89,7 @@ def kill(where: Path, times: int) -> bool:
         time.sleep(moments.uniform(0.5, max(4.0, 0.4 * whole)))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        orphans()
+        orphans(hunted)
         half = [f for f in (hunted / "data" / "runs").rglob("*.csv") if not f.read_bytes().endswith(b"\n")]
         if half:
             print(f"kill: half-written: {half}")
@@ -100,11 +101,14 @@ def kill(where: Path, times: int) -> bool:
     return last.returncode == 0 and not different
 
 
-def orphans() -> None:
-    """Kernels that outlived their papermill: they notice by themselves, and are waited for."""
+def orphans(folder: Path) -> None:
+    """Waits up to 20 s for kernels that outlived their papermill, which notice by themselves."""
     for _ in range(100):
-        alive = subprocess.run(["pgrep", "-f", "ipykernel_launcher.*/hunted|ipykernel_launcher"], capture_output=True)
-        if not alive.stdout.strip():
+        at_work = []
+        for link in Path("/proc").glob("[0-9]*/cwd"):
+            with suppress(OSError):  # a process that has just ended
+                at_work += [link] if os.readlink(link) == str(folder.resolve()) else []
+        if not at_work:
             return
         time.sleep(0.2)
 
