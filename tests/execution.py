@@ -34,7 +34,7 @@ TINY = {
     "n_bounds": 6,
     "n_dense": 1,
     "products": 4,
-    "n_orders": 30,
+    "n_orders": 100,
     "n_steps": 2,
     "radii": [1e-4, 1e-2],
     "batch": 4,

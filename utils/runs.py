@@ -137,7 +137,7 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
         "value": ("float", "the measured value [nat; slopes 1; norms nat per squared unit of weight]"),
         "low": (
             "float",
-            "lower end of its bootstrap interval over 20 orders or more: 95 %, slopes of one step 98.75 % [as value]",
+            "lower end of its interval over orders if they suffice: 95 %, slopes of one step 98.75 % [as value]",
         ),
         "high": ("float", "upper end of that interval [as value]"),
         "theory_low": ("float", "exact value or lower end of the proved bracket [as value]"),
@@ -154,11 +154,15 @@ SCHEMAS: dict[str, dict[str, tuple[str, str]]] = {
         "theory_high": ("float", "the value or the upper end"),
         "verdict": (
             "str",
-            "agrees or differs; holds, violated, no violation seen or no bound; proves nothing where the control came "
-            "out the same; identity, measured, cannot tell",
+            "agrees or differs; holds, violated, vacuous, no violation seen or no bound; proves nothing where the "
+            "control came out the same; identity, measured, cannot tell",
         ),
         "control": ("str", "the same measurement where the claim should fail, and how it came out"),
-        "pooled": ("str", "how notebook 07 joins runs: seeds (t interval), counts, largest or range"),
+        "control_failed": ("bool", "did it come out otherwise than the claim?"),
+        "pooled": (
+            "str",
+            "how notebook 07 joins runs: seeds (t interval), counts (of each seed once), largest or range",
+        ),
         "trials": ("int", "pairs or orders behind a share; 0 for other values [1]"),
     },
     "sample_size.csv": {
