@@ -46,8 +46,10 @@ reproduce: .venv/.installed
 report: .venv/.installed
 	@test -n "$(STUDY)" || { echo "No study given: type make report NAME=quickstart, or STUDY=PATH.yaml." >&2; exit 1; }
 	@mkdir -p $(REPORT)
-	@PYTHONHASHSEED=0 $(BIN)/papermill notebooks/07_study_report.ipynb $(REPORT)/07_study_report.ipynb \
-	  -p study $(STEM) -y "runs: []" --cwd . --no-progress-bar
+	@copy=$(REPORT)/.07_study_report.$$$$.ipynb; trap 'rm -f "$$copy"' EXIT; \
+	  PYTHONHASHSEED=0 $(BIN)/papermill notebooks/07_study_report.ipynb "$$copy" \
+	  -p study $(STEM) -y "runs: []" --cwd . --no-progress-bar && \
+	  $(BIN)/python -m utils.notebooks normalise "$$copy" $(REPORT)/07_study_report.ipynb
 	@$(BIN)/python -m utils.runs $(STUDY)
 
 study: .venv/.installed

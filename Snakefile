@@ -7,6 +7,8 @@
 import re
 import shlex
 import sys
+import time
+from pathlib import Path
 
 import yaml
 
@@ -25,16 +27,22 @@ ENVIRONMENT = (
     "JUPYTER_PREFER_ENV_PATH=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYDEVD_DISABLE_FILE_VALIDATION=1"
 )
 PYTHON = shlex.quote(sys.executable)
-# papermill executes a copy; it replaces the last one when it is complete. A failed copy is kept too, as a log.
+# papermill executes a copy; it replaces the last one when it is complete. A failed copy is kept too, as a log. Neither
+# results nor notebooks are outputs in Snakemake's sense, which would delete them before a job or put old ones back after
+# a failed one: the notebook publishes its files whole by itself, and only the empty marker `done` says that it ended.
 PAPERMILL = f"""
 {ENVIRONMENT}
-echo "$(date +%H:%M:%S) start" {{log.notebook:q}} >&2
-copy=$(dirname {{log.notebook:q}})/.$$.ipynb
+echo "$(date +%H:%M:%S) start" {{params.notebook:q}} >&2
+folder=$(dirname {{params.notebook:q}}) name=$(basename {{params.notebook:q}} .ipynb)
+for old in "$folder/.$name".*.ipynb
+do kill -0 "$(basename "$old" .ipynb | cut -d. -f3)" 2> /dev/null || rm -f "$old"
+done
+copy="$folder/.$name.$$.ipynb"
 trap 'rm -f "$copy"' EXIT
-if {PYTHON} -m papermill {{input.notebook:q}} "$copy" -y {{params.values:q}} --cwd . --no-progress-bar 2> {{log.errors:q}}
-then {PYTHON} -m utils.notebooks normalise "$copy" {{log.notebook:q}} 2>> {{log.errors:q}} && : > {{log.errors:q}} && : > {{output.done:q}}
-else mv -f "$copy" {{log.notebook:q}} || true
-[ -s {{log.errors:q}} ] || echo "stopped without a message: killed, or out of memory." > {{log.errors:q}}
+if {PYTHON} -m papermill {{input.notebook:q}} "$copy" -y {{params.values:q}} --cwd . --no-progress-bar --log-output 2> {{params.errors:q}}
+then {PYTHON} -m utils.notebooks normalise "$copy" {{params.notebook:q}} 2>> {{params.errors:q}} && : > {{params.errors:q}} && : > {{output:q}}
+else mv -f "$copy" {{params.notebook:q}} || true
+[ -s {{params.errors:q}} ] || echo "stopped without a message: killed, or out of memory." > {{params.errors:q}}
 exit 1
 fi
 """
@@ -50,8 +58,13 @@ def errors_of(stage, run):
 
 
 def done_of(stage, run):
-    """An empty file that only a notebook that succeeded leaves: a failed one keeps the old results, but not this."""
     return f"{notebooks.executed_path(stage, run).with_suffix('.done')}"
+
+
+def files_of(stage, run):
+    if stage == "07":
+        return [f"{STUDY}/run.json", *(f"{runs.RESULTS}/{run}/{file}" for file in runs.STAGES[stage][1])]
+    return [f"{runs.RUNS}/{run}/{file}" for file in ("run.json", *runs.STAGES[stage][1])]
 
 
 def attempts():
@@ -59,37 +72,35 @@ def attempts():
     yield "07", study.name
 
 
+started = time.time()
+for attempt in attempts():  # a marker whose files have gone marks nothing
+    if not all(Path(file).is_file() for file in files_of(*attempt)):
+        Path(done_of(*attempt)).unlink(missing_ok=True)
+
+
 wildcard_constraints:
     run="|".join(map(re.escape, study.runs)),
 
 
-TABLES = [file for file, stage in runs.PRODUCER.items() if file.endswith(".csv") and stage != "07"]
-
-
-rule all:  # every file by name: a fresh clone has findings.csv but none of the runs that it came from
+rule all:
     input:
-        [f"{runs.RUNS}/{run}/{file}" for run in study.runs for file, stage in runs.PRODUCER.items() if stage != "07"],
-        f"{runs.RESULTS}/{study.name}/findings.csv",
-        f"{STUDY}/run.json",
         [done_of(stage, run) for stage, run in attempts()],
 
 
-for stage, (needs, makes) in list(runs.STAGES.items())[:-1]:
+for stage in list(runs.STAGES)[:-1]:
     rule:
         name:
             f"notebook_{stage}"
         input:
-            *[f"{RUN}/{file}" for file in needs],
+            *[done_of(source, "{run}") for source in runs.SOURCES[stage]],
             notebook=ancient(f"{notebooks.NOTEBOOKS}/{notebooks.NAMES[stage]}.ipynb"),
         output:
-            [update(f"{RUN}/{file}") for file in makes],
-            done=done_of(stage, "{run}"),
-        log:
-            notebook=f"{RUN}/notebooks/{notebooks.NAMES[stage]}.ipynb",
-            errors=f"{RUN}/notebooks/{notebooks.NAMES[stage]}.errors.txt",
+            done_of(stage, "{run}"),
         params:
             code=code[stage],
             values=lambda wildcards, stage=stage: as_yaml(study.parameters[wildcards.run][stage]),
+            notebook=f"{RUN}/notebooks/{notebooks.NAMES[stage]}.ipynb",
+            errors=f"{RUN}/notebooks/{notebooks.NAMES[stage]}.errors.txt",
         resources:
             mem_mb=4000,
             runtime=120,
@@ -100,18 +111,15 @@ for stage, (needs, makes) in list(runs.STAGES.items())[:-1]:
 
 rule notebook_07:
     input:
-        [f"{runs.RUNS}/{run}/{file}" for run in study.runs for file in TABLES],
+        [done_of(stage, run) for stage, run in attempts() if stage != "07"],
         notebook=ancient(f"{notebooks.NOTEBOOKS}/{notebooks.NAMES['07']}.ipynb"),
     output:
-        update(f"{runs.RESULTS}/{study.name}/findings.csv"),
-        update(f"{STUDY}/run.json"),
-        done=done_of("07", study.name),
-    log:
-        notebook=f"{STUDY}/notebooks/{notebooks.NAMES['07']}.ipynb",
-        errors=f"{STUDY}/notebooks/{notebooks.NAMES['07']}.errors.txt",
+        done_of("07", study.name),
     params:
         code=code["07"],
         values=as_yaml(study.report),
+        notebook=f"{STUDY}/notebooks/{notebooks.NAMES['07']}.ipynb",
+        errors=f"{STUDY}/notebooks/{notebooks.NAMES['07']}.errors.txt",
     resources:
         mem_mb=4000,
         runtime=60,
@@ -119,12 +127,8 @@ rule notebook_07:
         PAPERMILL
 
 
-onstart:
-    for attempt in attempts():
-        errors_of(*attempt).unlink(missing_ok=True)
-
-
 onerror:  # the sentences of the notebooks that failed are the last thing printed
     failed = [(errors_of(*attempt), attempt) for attempt in attempts()]
     failed = [(path, attempt) for path, attempt in failed if path.is_file() and path.stat().st_size]
+    failed = [(path, attempt) for path, attempt in failed if path.stat().st_mtime >= started]
     sys.exit("\n".join(f"{run}, notebook {stage}: {notebooks.last_error(path)}" for path, (stage, run) in failed))

@@ -1,5 +1,6 @@
 """The readers on tiny files in the real formats, the split, and every bad input with its message. No network."""
 
+import errno
 import gzip
 import hashlib
 import http.server
@@ -257,19 +258,29 @@ def test_subset_is_stratified_and_leaves_the_official_test_set(tmp_path):
 
 @pytest.mark.parametrize("official", [True, False])
 def test_the_published_order_is_kept_part_by_part(tmp_path, official):
-    """The first samples train, the next calibrate, the last are held out; inside a part the order is random."""
+    """The same samples train and calibrate with and without a test set, for which the next are held out otherwise."""
     x, y = images(60, (1, 4, 4), 3)
     extra = dict(zip(("x_test", "y_test"), images(9, (1, 4, 4), 3, seed=1), strict=True)) if official else {}
     np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, **extra)
     options = {"order": "published", "n_samples": 50, "calibration_fraction": 0.2, "test_fraction": 0.1}
     dataset = load_dataset(f"npz:{tmp_path / 'mine.npz'}", **options)
-    ends = [0, 40, 50] if official else [0, 35, 45, 50]
+    ends = [0, 40, 50] if official else [0, 40, 50, 55]
     scaled = [tuple(v.reshape(-1).astype(np.float32) / np.float32(127.5) - np.float32(1)) for v in x]
     for part, (a, b) in zip(PARTS, itertools.pairwise(ends), strict=False):
         found = [tuple(v.numpy().reshape(-1)) for v in getattr(dataset, f"x_{part}")]
         assert sorted(found) == sorted(scaled[a:b]) and found != scaled[a:b]
-    assert "the first 50 samples split in the published order" in dataset.info["split"].lower()
+    kept = f"the first {ends[-1]} samples split in the published order"
+    assert kept in dataset.info["split"].lower() and dataset.info["sizes"]["test"] == (9 if official else 5)
     assert not torch.equal(dataset.y_train, load_dataset(f"npz:{tmp_path / 'mine.npz'}", seed=1, **options).y_train)
+
+
+def test_too_many_samples_in_the_published_order(tmp_path):
+    x, y = images(60, (1, 4, 4), 3)
+    name = write_npz(tmp_path / "d.npz", x_train=x, y_train=y)
+    options = {"order": "published", "test_fraction": 0.1}
+    assert load_dataset(name, n_samples=54, **options).info["sizes"]["test"] == 5
+    with pytest.raises(ValueError, match=r"n_samples is 56 with 6 held out after them: choose at most 60 together\.$"):
+        load_dataset(name, n_samples=56, **options)
 
 
 def test_duplicates_across_parts_are_counted(tmp_path):
@@ -508,7 +519,7 @@ def publish(monkeypatch, tmp_path, root, *names, mirrors=()):
         registry[name]["mirrors"] = list(mirrors)
         for file, published in registry[name]["files"].items():
             content = data._uncompressed((root / file).read_bytes(), file)
-            published["sha256"] = hashlib.sha256(content).hexdigest()
+            published |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     (tmp_path / "registry.json").write_text(json.dumps(registry))
     monkeypatch.setattr(data, "REGISTRY", tmp_path / "registry.json")
 
@@ -544,6 +555,17 @@ def test_swapped_published_files_are_refused_on_disk(tmp_path, monkeypatch, swap
     refused(f"holds what is published as ({other}|{file}): put", name, tmp_path / "disk")
     b.write_bytes(other_content)  # a copy in the place of another
     refused(f"{file} holds what is published as {other}: put", name, tmp_path / "disk")
+
+
+@pytest.mark.parametrize("name, file", [("mnist", f"mnist/{MNIST[1]}"), ("cifar10", CIFAR10[2])])
+def test_one_changed_byte_of_a_published_file_is_refused(tmp_path, monkeypatch, name, file):
+    write_all(tmp_path / "disk")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "mnist", "cifar10")
+    path = tmp_path / "disk" / file
+    content = bytearray(data._uncompressed(path.read_bytes(), file))
+    content[-1] = (content[-1] + 1) % 2  # a label or a pixel that the format allows
+    path.write_bytes(gzip.compress(bytes(content)) if file.endswith(".gz") else bytes(content))
+    refused(f"{file} has the published length and another content: delete it and fetch it again", name, path.parents[1])
 
 
 def test_mnist_is_not_taken_for_fashion_mnist(tmp_path, monkeypatch):
@@ -656,6 +678,21 @@ def test_swapped_files_of_a_mirror_are_not_cached(server, tmp_path, monkeypatch,
     shutil.copy(tmp_path / "disk" / other, first / Path(file).name)
     refused("its mnist/.* has not the published checksum", "mnist", error=FileNotFoundError)
     assert file not in cached() and other not in cached()
+
+
+def test_a_full_disk_is_not_taken_for_the_network(server, tmp_path, monkeypatch):
+    (first, _), urls, asked = server
+    write_mnist(tmp_path / "disk")
+    publish(monkeypatch, tmp_path, tmp_path / "disk", "mnist", mirrors=urls)
+    shutil.copytree(tmp_path / "disk/mnist", first, dirs_exist_ok=True)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.os, "replace", full)
+    with pytest.raises(OSError, match=r"cannot hold train-images.* \(No space left on device\): make room in it\.$"):
+        load_dataset("mnist")
+    assert len(asked) == 1 and not cached()  # the second mirror would not help
 
 
 BAD_ARCHIVES = {

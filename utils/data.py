@@ -6,6 +6,7 @@ and checksums, stands in data/registry.json; data/README.md explains both to a r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -94,9 +95,10 @@ def load_dataset(
 
     An official test set is the held-out part whole, and `calibration_fraction` is a fraction of the training pool;
     without one, both fractions are of the pool. `n_samples` > 0 keeps a stratified random subset of the pool first
-    (for `synthetic`: draws that many). All draws follow from `seed` alone. `order` "published" draws nothing: the first
-    `n_samples` of the pool as published are kept, the first of these train, the next calibrate, the last are held out
-    where there is no official test set; only the order inside each part is random.
+    (for `synthetic`: draws that many). All draws follow from `seed` alone. `order` "published" draws nothing: of the
+    first `n_samples` of the pool as published the first train and the next calibrate, whether or not there is an
+    official test set; where there is none, `test_fraction` times as many after those are held out (of a whole pool its
+    last). Only the order inside each part is random.
 
     uint8 inputs are scaled linearly from [0, 255] to [-1, 1] (the digits from [0, 16]); floats keep their values.
     `info` holds name, source, licence, sha256 of each file read, matches_published (do all files equal the published
@@ -119,13 +121,21 @@ def load_dataset(
     _check_classes(source.y, n_classes)
 
     random = np.random.RandomState(seed)
-    pool = np.arange(len(source.y))
-    if n_samples and name != "synthetic":
-        published = order == "published" and n_samples <= len(pool)
-        pool = pool[:n_samples] if published else _subset(source.y, n_samples, n_classes, random)
-    train, calibration, test = split(
-        source.y[pool], calibration_fraction, None if source.x_test is not None else test_fraction, random, order
-    )
+    pool, fractions = np.arange(len(source.y)), (calibration_fraction, test_fraction)
+    if source.x_test is not None:
+        fractions = calibration_fraction, None
+    if n_samples and name != "synthetic" and order == "random":
+        pool = _subset(source.y, n_samples, n_classes, random)
+    elif n_samples and name != "synthetic":
+        held_out = round(test_fraction * n_samples) if source.x_test is None else 0
+        if n_samples + held_out > len(pool):
+            raise ValueError(
+                f"n_samples is {n_samples} with {held_out} held out after them: choose at most {len(pool)} together."
+            )
+        pool = pool[: n_samples + held_out]
+        if held_out:
+            fractions = calibration_fraction * n_samples / len(pool), held_out / len(pool)
+    train, calibration, test = split(source.y[pool], *fractions, random, order)
     parts = {"train": (source.x, source.y, pool[train]), "calibration": (source.x, source.y, pool[calibration])}
     if source.x_test is None:
         parts["test"] = (source.x, source.y, pool[test])
@@ -209,7 +219,11 @@ def _subset(y: np.ndarray, n_samples: int, n_classes: int, random: np.random.Ran
 
 def _split_sentence(sizes: dict, source: _Source, n_samples: int, name: str, seed: int, order: str) -> str:
     published = order == "published"
-    subset = f"the first {n_samples} samples" if published else f"a stratified subset of {n_samples}"
+    subset = (
+        f"the first {sum(sizes.values()) if source.x_test is None else n_samples} samples"
+        if published
+        else f"a stratified subset of {n_samples}"
+    )
     pool = "the draws" if name == "synthetic" else subset if n_samples else "the pool"
     parts = f"{sizes['train']} train and {sizes['calibration']} calibration"
     if source.x_test is None:
@@ -346,6 +360,8 @@ def _bytes(folder: Path, file: str, about: dict, entry: dict) -> bytes:
     published = entry["published"].get(_sha256(content))
     if published not in (file, None):
         raise ValueError(f"{file} holds what is published as {published}: put every file under its own name.")
+    if published is None and len(content) == entry["files"].get(file, {}).get("bytes"):
+        raise ValueError(f"{file} has the published length and another content: delete it and fetch it again.")
     about["matches_published"] &= published == file
     return content
 
@@ -565,6 +581,8 @@ def _fetch(name: str, files: list[str], entry: dict, folder: Path, scratch: Path
         try:
             return _fetch_from(url, files, entry, folder, scratch)
         except Exception as error:  # the network or the disk, or a damaged archive anywhere in gzip, zlib or tar
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise OSError(f"{folder} cannot hold {name} ({error.strerror}): make room in it.") from None
             reason = str(error) if type(error) is ValueError else getattr(error, "strerror", "") or type(error).__name__
             failures.append(f"{url} ({reason})")
     raise FileNotFoundError(

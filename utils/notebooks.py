@@ -235,9 +235,9 @@ def render(study: params.Study) -> None:
     run = study.runs[0]
     copies = {stage: executed_path(stage, study.name if stage == "07" else run) for stage in NAMES}
     for stage, path in copies.items():
-        if not path.is_file() or "error" in {
-            o["output_type"] for c in read(path)["cells"] for o in c.get("outputs", [])
-        }:
+        cells = [c for c in read(path)["cells"] if c["cell_type"] == "code"] if path.is_file() else []
+        failed = any(o["output_type"] == "error" for c in cells for o in c["outputs"])
+        if not cells or failed or not all(c["execution_count"] for c in cells):
             raise FileNotFoundError(f"run {run!r} has no executed notebook {stage}: run the study first.")
     for path in copies.values():
         write(NOTEBOOKS / "rendered" / run / path.name, read(path))

@@ -534,7 +534,9 @@ class Stage:
     def finish(self) -> None:
         """Publish every file, then run.json, and give the locks back. Raises ValueError if a file is missing.
 
-        If the process dies between two renames, run.json no longer agrees with the files and the next stage says so.
+        Everything is on the disk before the first rename, so that a full one changes nothing. If the process dies
+        between two renames, run.json no longer agrees with the files and the next stage says so. Notebook 07, which
+        locks no run, raises ValueError if one has changed since it was read.
         """
         missing = [file for file in STAGES[self.stage][1] if file not in self.written]
         if missing:
@@ -550,13 +552,19 @@ class Stage:
             "outside_inputs": self.outside,
             "outputs": {file: sha256(path) for file, path in self.written.items()},
         }
-        for file, path in self.written.items():
-            os.replace(path, self.target / file)
-        self.written = {}
+        if self.stage == "07":
+            for name, seen in self.inputs.items():
+                if sha256(RUNS / name) != seen:
+                    raise ValueError(f"{name} has changed while notebook 07 read it: run 07 again.")
         fcntl.lockf(_held[(self.folder / ".lock").resolve()], fcntl.LOCK_EX, 1, 0)  # byte 0: the record
+        for leftover in self.folder.glob(".run.json.*.tmp"):
+            leftover.unlink(missing_ok=True)  # of a process that was killed: only one at a time writes the record
         stages = record_of(self.run) | {self.stage: entry}
         with _writable(f"run.json of run {self.run!r}"), atomic(self.folder / "run.json") as path:
             path.write_text(_as_json({"run": self.run, "stages": dict(sorted(stages.items()))}))
+            for file, written in self.written.items():
+                os.replace(written, self.target / file)
+        self.written = {}
         _unlock(self.folder)
 
 
