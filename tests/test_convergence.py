@@ -40,10 +40,10 @@ from utils.convergence import (
     rms_by_ratio,
     running_means,
     shares_over_seeds,
-    size_biased_orders,
     smoothed,
     spreads,
     top_eigenspace,
+    typical_first_orders,
     verdict,
     worst_in_ball,
 )
@@ -261,15 +261,20 @@ def test_beside_published_values_covers_one_more_run():
     assert list(one["verdict"]) == ["cannot tell"] and list(one["seeds"]) == [1]
 
 
-def test_size_biased_orders_draw_in_proportion():
-    losses = np.array([1.0, 2.0, 3.0, 0.0])
-    orders = size_biased_orders(losses, 20000, seed=1)
-    assert (np.sort(orders, axis=1) == np.arange(4)).all() and (orders[:, -1] == 3).all()  # a loss of 0 comes last
-    first = np.bincount(orders[:, 0], minlength=4)[:3] / 20000
-    np.testing.assert_allclose(first, losses[:3] / 6, atol=4 * 0.5 / math.sqrt(20000))
-    second = (orders[orders[:, 0] == 0, 1] == 1).mean()  # then in proportion among those that are left
-    assert abs(second - 2 / 5) < 4 * 0.5 / math.sqrt(20000 / 6)
-    assert np.array_equal(size_biased_orders(losses, 5, 2), size_biased_orders(losses, 5, 2))
+def test_typical_losses_first():
+    """Drawn in inverse proportion to the rank, without replacement; the one-step slope is flatter for any list."""
+    losses = np.array([10.0, 4.0, 5.5, 1.0])  # mean 5.125: ranks 4, 2, 1, 3
+    orders, share = typical_first_orders(losses, 20000, seed=1), np.array([1 / 4, 1 / 2, 1, 1 / 3])
+    assert (np.sort(orders, axis=1) == np.arange(4)).all()
+    first = np.bincount(orders[:, 0], minlength=4) / 20000
+    np.testing.assert_allclose(first, share / share.sum(), atol=4 * 0.5 / math.sqrt(20000))
+    second = (orders[orders[:, 0] == 2, 1] == 1).mean()  # then among those that are left
+    assert abs(second - share[1] / (share.sum() - 1)) < 4 * 0.5 / math.sqrt(9000)
+    assert np.array_equal(typical_first_orders(losses, 5, 2), typical_first_orders(losses, 5, 2))
+    generator, k = np.random.default_rng(0), log_grid(5, 299, 12)
+    for values in (generator.exponential(size=300), -generator.exponential(size=300), generator.uniform(size=300)):
+        squares = loss_steps(values, typical_first_orders(values, 300))[:, k - 1] ** 2
+        assert verdict(*log_log_slope(k, squares, root=True)[1:], -1.0) == "differs"
 
 
 def test_squares_of_orthogonal_hessians():

@@ -128,8 +128,7 @@ def test_verdicts_have_controls_and_no_proved_bound_fails(study):
     assert (concluded["control"] != "").all() and len(concluded) > 20
     assert not concluded.query("verdict in ['agrees', 'holds'] and not control_failed").size
     steps = verdicts[verdicts["claim"].str.startswith("slope of the one-step change")]
-    assert len(steps) == 4 and steps["control_failed"].any()  # of 100 orders not every control can be told apart
-    assert {"proves nothing"} >= set(steps.loc[~steps["control_failed"], "verdict"]) - {"differs"}
+    assert len(steps) == 4 and steps["control_failed"].all() and set(steps["verdict"]) <= {"agrees", "differs"}
     curvature = verdicts[verdicts["claim"].str.startswith("a slope of -1 at fixed weights shows")].iloc[0]
     assert curvature["verdict"] in ("proves nothing", "differs") and not curvature["control_failed"]
     assert (verdicts.query("pooled == 'counts'")["trials"] > 0).all() and verdicts["low"].isna().any()

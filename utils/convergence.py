@@ -39,13 +39,15 @@ def random_orders(n: int, n_orders: int, seed: int = 0) -> np.ndarray:
     return np.stack([generator.permutation(n) for _ in range(n_orders)])
 
 
-def size_biased_orders(losses, n_orders: int, seed: int = 0) -> np.ndarray:
-    """`n_orders` random orders (n_orders, n) in which the next sample is drawn in proportion to its loss, all >= 0.
+def typical_first_orders(losses, n_orders: int, seed: int = 0) -> np.ndarray:
+    """`n_orders` random orders (n_orders, n) in which losses near the mean tend to come first.
 
-    The control of statements on uniform orders: as random as those, and without their exact expectations.
+    The next sample is drawn in inverse proportion to the rank of |l - mean| among all. The control of statements on
+    uniform orders: as random as those, but later samples differ more, whatever the shape of the list.
     """
-    clocks = np.random.default_rng([seed, 23]).exponential(size=(n_orders, len(losses)))
-    return np.argsort(clocks / np.maximum(losses, 1e-300), axis=1)
+    losses = np.asarray(losses, dtype=np.float64)
+    rank = np.argsort(np.argsort(np.abs(losses - losses.mean()))) + 1
+    return np.argsort(np.random.default_rng([seed, 23]).exponential(size=(n_orders, len(losses))) * rank, axis=1)
 
 
 def running_means(losses, orders=None) -> np.ndarray:
