@@ -58,10 +58,12 @@ def errors_of(stage, run):
 
 
 def done_of(stage, run):
+    """An empty file that only a notebook that succeeded leaves: a failed one keeps the old results, but not this."""
     return f"{notebooks.executed_path(stage, run).with_suffix('.done')}"
 
 
 def files_of(stage, run):
+    """What the notebook publishes: a fresh clone has findings.csv, but none of the runs that it came from."""
     if stage == "07":
         return [f"{STUDY}/run.json", *(f"{runs.RESULTS}/{run}/{file}" for file in runs.STAGES[stage][1])]
     return [f"{runs.RUNS}/{run}/{file}" for file in ("run.json", *runs.STAGES[stage][1])]
