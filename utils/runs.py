@@ -1,7 +1,8 @@
 """A run's folder `data/runs/<run>/`: what each notebook reads and writes there, and how it stays consistent.
 
 A stage is one notebook at work on one run. `begin` locks what it writes, and what it reads against writers, and refuses
-a missing or stale input; 04, 05 and 06 may work side by side. Results go to temporary names and `finish` renames them
+a missing or stale input (07 locks no run: `finish` looks again whether one changed); 04, 05 and 06 may work side by
+side. Results go to temporary names and `finish` renames them
 all, so a stage that fails leaves everything as it was.
 `run.json` says, per stage, with what parameters, versions and inputs its files were made.
 """
