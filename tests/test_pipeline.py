@@ -178,6 +178,9 @@ def test_papermill_by_hand_gives_the_same_files(study):
         assert (study / "data/runs/by_hand" / file).read_bytes() == (study / "data/runs/tiny" / file).read_bytes()
 
 
+DEAD = {"run": "tiny", "model": "mlp", "activation": "relu", "d_model": 1, "depth": 40, "epochs": 0, "polish_steps": 0}
+
+
 @pytest.mark.parametrize(
     ("stage", "parameters", "words"),
     [
@@ -186,6 +189,7 @@ def test_papermill_by_hand_gives_the_same_files(study):
         ("01", {"run": "bad", "dataset": "npz:missing.npz"}, "missing.npz"),
         ("02", {"run": "tiny", "depth": 0}, "depth"),
         ("02", {"run": "tiny", "weights": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ("02", DEAD, "dead"),
         ("03", {"run": "never"}, "01"),
     ],
 )
