@@ -18,7 +18,6 @@ import hashlib
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -36,14 +35,7 @@ NAMES = {
     "06": "06_sample_size",
     "07": "07_study_report",
 }
-NORMALISE = [
-    "--keep-output",
-    "--keep-id",
-    "--drop-tagged-cells",
-    "injected-parameters",
-    "--extra-keys",
-    "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version",
-]
+RECORDS = {"papermill", "execution"}  # metadata that two equal runs do not share
 
 
 def read(path: Path | str) -> dict:
@@ -134,11 +126,11 @@ def executed_path(stage: str, run: str) -> Path:
 def normalise(executed: Path | str, target: Path | str) -> None:
     """An executed copy without what differs between two equal runs: ids of jobs, times, standard error, counts, and
     the pieces in which printed text arrived."""
-    command = [sys.executable, "-m", "nbstripout", *NORMALISE, "--textconv", str(executed)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    if done.returncode:
-        raise ValueError(f"nbstripout refused {executed}: {done.stderr.strip().splitlines()[-1]}")
-    notebook = json.loads(done.stdout)
+    notebook = read(executed)
+    notebook["cells"] = [c for c in notebook["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
+    notebook["metadata"].get("language_info", {}).pop("version", None)
+    for part in (notebook, *notebook["cells"]):
+        part["metadata"] = {key: value for key, value in part["metadata"].items() if key not in RECORDS}
     for count, cell in enumerate(code_cells(notebook), 1):
         _put(cell, cell["outputs"], count)
     write(target, notebook)
@@ -148,11 +140,11 @@ def _put(cell: dict, outputs: list[dict], count: int) -> None:
     cell["outputs"], kept = [], [o for o in outputs if o.get("name") != "stderr"]
     for output in kept:  # a slow machine sends in two pieces what a fast one sends in one
         last = cell["outputs"][-1] if cell["outputs"] else {}
-        if output["output_type"] == last.get("output_type") == "stream":
-            text = ["".join(o["text"]) for o in (last, output)]
-            cell["outputs"][-1] = last | {"text": "".join(text).splitlines(keepends=True)}
-        else:
-            cell["outputs"].append(output)
+        if output["output_type"] == "stream":
+            joined = output["output_type"] == last.get("output_type")
+            text = "".join([*(cell["outputs"].pop()["text"] if joined else ""), *output["text"]])
+            output = output | {"text": text.splitlines(keepends=True)}
+        cell["outputs"].append(output)
     cell["execution_count"] = count
     for output in cell["outputs"]:
         if "execution_count" in output:
