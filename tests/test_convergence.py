@@ -333,13 +333,19 @@ def test_ratios_to_the_first():
     exact = ratios_to_first(pd.DataFrame(effects[:, None] + np.array([5.0, -2.0, 0.1]), index=list("abcd")))
     np.testing.assert_allclose(exact[["ratio", "low", "high"]], np.tile(truth[:, None], 3), rtol=1e-7)
     assert list(exact.index) == list("bcd") and (exact["seeds"] == 3).all()
-    for _ in range(300):
+    for t in range(600):
         logs = pd.DataFrame(effects[:, None] + generator.normal(0, 1, 3) + generator.normal(0, 0.5, (4, 3)))
+        if t % 2:  # a seed that two architectures lack
+            logs.iloc[[0, 2], 0] = math.nan
         found = ratios_to_first(logs)
         hits, total = hits + ((found["low"] <= truth) & (truth <= found["high"])).sum(), total + 3
-    assert abs(hits / total - 0.95) < 5 * math.sqrt(0.95 * 0.05 / 300)
-    logs.iloc[2, 0] = math.nan  # a seed that one architecture lacks
-    assert (ratios_to_first(logs)["seeds"] == 2).all() and ratios_to_first(logs[[1]])["low"].isna().all()
+    assert abs(hits / total - 0.95) < 5 * math.sqrt(0.95 * 0.05 / 600)
+    assert list(found["seeds"]) == [3, 2, 3] and ratios_to_first(logs[[1]])["low"].isna().all()
+    more = logs.assign(alone=[7.0, math.nan, math.nan, math.nan])  # a seed of one architecture alone
+    pd.testing.assert_frame_equal(ratios_to_first(more), found, rtol=1e-9)
+    assert len(ratios_to_first(logs[:1])) == 0
+    apart = ratios_to_first(pd.DataFrame([[1.0, 2.0, math.nan], [1.5, 2.4, math.nan], [math.nan, math.nan, 3.0]]))
+    assert apart["ratio"].isna().tolist() == [False, True] and apart.loc[1, "ratio"] == pytest.approx(math.exp(0.45))
 
 
 def test_pooled_verdicts():

@@ -302,20 +302,28 @@ def over_seeds(values: pd.Series, seeds: pd.Series, level: float = 0.95) -> tupl
 def ratios_to_first(logs: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     """Ratio of each row to the first, from logarithms (rows: architectures, columns: seeds), with its t interval.
 
-    One residual variance for all, after effects of row and of seed, on (rows - 1)(seeds - 1) degrees of freedom: few
-    seeds of one architecture say little about its variance alone. Only seeds that every row has count; of one seed
-    there is no interval. Columns: ratio, low, high, seeds.
+    Least squares with an effect of each row and of each seed and one residual variance for all: few seeds of one
+    architecture say little about its variance alone. A row may lack seeds (nan); a seed that one row alone has tells
+    nothing. Of one seed there is no interval, and no ratio of rows that no seed connects. Columns: ratio, low, high,
+    seeds (of that row).
     """
-    logs = logs.dropna(axis=1)
-    rows, seeds = logs.shape
-    residual = logs.sub(logs.mean(axis=1), axis=0).sub(logs.mean() - logs.to_numpy().mean())
-    freedom, half = (rows - 1) * (seeds - 1), math.nan
+    rows, columns = logs.shape
+    row, column = np.nonzero(logs.notna().to_numpy())  # one entry a run
+    runs, y = np.arange(len(row)), logs.to_numpy()[row, column]
+    design, contrast = np.zeros((len(runs), rows + columns)), np.eye(rows - 1, rows + columns, 1)
+    design[runs, row] = design[runs, rows + column] = 1
+    contrast[:, 0] = -1
+    gram = design.T @ design
+    inverse, freedom, half = np.linalg.pinv(gram), len(runs) - np.linalg.matrix_rank(design), math.nan
+    fitted = inverse @ (design.T @ y)
     if freedom > 0:
-        deviation = math.sqrt(np.square(residual.to_numpy()).sum() / freedom)
-        half = student.ppf((1 + level) / 2, freedom) * deviation * math.sqrt(2 / seeds)
-    difference = (logs.mean(axis=1) - logs.iloc[0].mean()).iloc[1:]
+        variance = np.square(y - design @ fitted).sum() / freedom
+        errors = np.sqrt(variance * np.einsum("ij,jk,ik->i", contrast, inverse, contrast))
+        half = student.ppf((1 + level) / 2, freedom) * errors
+    known = np.abs(contrast @ inverse @ gram - contrast).max(1, initial=0) < 1e-9
+    difference = np.where(known, contrast @ fitted, math.nan)
     ends = {"ratio": difference, "low": difference - half, "high": difference + half}
-    return np.exp(pd.DataFrame(ends)).assign(seeds=seeds)
+    return np.exp(pd.DataFrame(ends, logs.index[1:])).assign(seeds=logs.notna().sum(axis=1)[1:])
 
 
 def beside_published(ours: pd.DataFrame, published: pd.DataFrame, inflation: float = 1.0) -> pd.DataFrame:
