@@ -29,7 +29,9 @@ ENVIRONMENT = (
 PYTHON = shlex.quote(sys.executable)
 # papermill executes a copy; it replaces the last one when it is complete. A failed copy is kept too, as a log. Neither
 # results nor notebooks are outputs in Snakemake's sense, which would delete them before a job or put old ones back after
-# a failed one: the notebook publishes its files whole by itself, and only the empty marker `done` says that it ended.
+# a failed one: the notebook publishes its files whole by itself, and only the marker `done` says that it ended, with their
+# checksums: Snakemake asks the content of a small file, not its time alone, whether what comes after is out of date.
+# Kernels that start together may choose one port: one of them dies before its first cell, and is started again.
 PAPERMILL = f"""
 {ENVIRONMENT}
 echo "$(date +%H:%M:%S) start" {{params.notebook:q}} >&2
@@ -39,8 +41,9 @@ do kill -0 "$(basename "$old" .ipynb | cut -d. -f3)" 2> /dev/null || rm -f "$old
 done
 copy="$folder/.$name.$$.ipynb"
 trap 'rm -f "$copy"' EXIT
-if {PYTHON} -m papermill {{input.notebook:q}} "$copy" -y {{params.values:q}} --cwd . --no-progress-bar --log-output 2> {{params.errors:q}}
-then {PYTHON} -m utils.notebooks normalise "$copy" {{params.notebook:q}} 2>> {{params.errors:q}} && : > {{params.errors:q}} && : > {{output:q}}
+execute() ({PYTHON} -m papermill {{input.notebook:q}} "$copy" -y {{params.values:q}} --cwd . --no-progress-bar --log-output 2> {{params.errors:q}})
+if execute || (grep -q "^zmq.error.ZMQError: Address already in use" {{params.errors:q}} && execute)
+then {PYTHON} -m utils.notebooks normalise "$copy" {{params.notebook:q}} 2>> {{params.errors:q}} && sha256sum {{params.files:q}} > {{output:q}} && : > {{params.errors:q}}
 else mv -f "$copy" {{params.notebook:q}} || true
 [ -s {{params.errors:q}} ] || echo "stopped without a message: killed, or out of memory." > {{params.errors:q}}
 exit 1
@@ -58,7 +61,7 @@ def errors_of(stage, run):
 
 
 def done_of(stage, run):
-    """An empty file that only a notebook that succeeded leaves: a failed one keeps the old results, but not this."""
+    """A file that only a notebook that succeeded leaves: a failed one keeps the old results, but not this."""
     return f"{notebooks.executed_path(stage, run).with_suffix('.done')}"
 
 
@@ -103,6 +106,7 @@ for stage in list(runs.STAGES)[:-1]:
             values=lambda wildcards, stage=stage: as_yaml(study.parameters[wildcards.run][stage]),
             notebook=f"{RUN}/notebooks/{notebooks.NAMES[stage]}.ipynb",
             errors=f"{RUN}/notebooks/{notebooks.NAMES[stage]}.errors.txt",
+            files=lambda wildcards, stage=stage: files_of(stage, wildcards.run)[1:],
         resources:
             mem_mb=4000,
             runtime=120,
@@ -122,6 +126,7 @@ rule notebook_07:
         values=as_yaml(study.report),
         notebook=f"{STUDY}/notebooks/{notebooks.NAMES['07']}.ipynb",
         errors=f"{STUDY}/notebooks/{notebooks.NAMES['07']}.errors.txt",
+        files=files_of("07", study.name)[1:],
     resources:
         mem_mb=4000,
         runtime=60,

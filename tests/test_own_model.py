@@ -85,3 +85,25 @@ def test_own_weights_skip_training(own):
     assert len(table(own, "training.csv", "given")) == 0
     given, first = (own / f"data/runs/{run}/model.safetensors" for run in ("given", "own"))
     assert given.read_bytes() == first.read_bytes()
+
+
+def test_samples_without_curvature(tmp_path):
+    """Black images leave a ReLU network without biases flat: their Hessians are 0, and no ratio to them is a number."""
+    folder = tree(tmp_path)
+    x = np.random.default_rng(0).normal(size=(150, 1, 4, 4)).astype(np.float32)
+    x[::2] = 0
+    np.savez(folder / "data.npz", x_train=x, y_train=np.arange(150) % 3)
+    values = (
+        TINY
+        | {"run": "flat", "dataset": "npz:data.npz", "model": "mlp", "activation": "relu"}
+        | {"n_samples": 0, "n_pyhessian": 6}
+    )
+    for stage in ("01", "02", "03", "04"):
+        done = papermill(folder, stage, **values)
+        assert done.returncode == 0, f"{stage}: {done.stderr[-2000:]}"
+    norms = table(folder, "per_sample_norms.csv", "flat")
+    assert 0.2 < (norms["value"] == 0).mean() < 0.8
+    estimators = table(folder, "estimators.csv", "flat").query("estimator == 'pyhessian alone' and error.isna()")
+    assert len(estimators) and (estimators["value"] == 0).all()
+    bounds = table(folder, "bounds.csv", "flat")
+    assert (bounds["bound"] >= bounds["measured"] * (1 - 1e-9)).all() and (bounds["measured"] == 0).any()

@@ -35,6 +35,25 @@ def test_every_stage_wrote_its_files_and_its_record(study):
         assert record[stage]["seed"] == 1 and record[stage]["versions"]["torch"]
 
 
+def test_what_follows_a_changed_result_is_out_of_date(study):
+    marker = study / "data/runs/tiny/notebooks/02_model_training.done"
+    before = marker.read_text()
+    assert runs.sha256(study / "data/runs/tiny/model.safetensors") in before
+
+    def planned(text):
+        marker.write_text(text)
+        done = execute(study, sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--nolock", "--config",
+                       "study=studies/tiny.yaml")  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return {stage for stage in notebooks.NAMES if f"notebook_{stage}" in done.stdout + done.stderr}
+
+    try:
+        assert planned(before) == set()  # made again, with the same result
+        assert planned(before.replace(before[:64], 64 * "0")) == {"03", "04", "05", "06", "07"}
+    finally:
+        marker.write_text(before)
+
+
 def test_training_ended_where_the_record_says(study):
     model = json.loads((study / "data/runs/tiny/model.json").read_text())
     history = table(study, "training.csv")
@@ -214,3 +233,30 @@ def test_stage_on_a_changed_input_is_refused(study, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     done = papermill(study, "03", **TINY | {"run": "stale"})
     assert done.returncode != 0 and "re-run 02" in last_line(done)
+
+
+# Stands before papermill on the path of `python -m`: the first call ends with the message, the next is the real one.
+FIRST_FAILS = """
+import runpy, sys
+from pathlib import Path
+if not Path("called").exists():
+    Path("called").touch()
+    sys.exit({message!r})
+sys.path.remove(str(Path.cwd()))
+del sys.modules["papermill"]
+runpy.run_module("papermill", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "message, again", [("zmq.error.ZMQError: Address already in use (addr)", True), ("E: no.", False)]
+)
+def test_a_kernel_whose_port_was_taken_starts_again(tmp_path, message, again):
+    folder = tree(tmp_path)
+    (folder / "papermill").mkdir()
+    (folder / "papermill" / "__init__.py").touch()
+    (folder / "papermill" / "__main__.py").write_text(FIRST_FAILS.format(message=message))
+    done = execute(folder, sys.executable, "-m", "snakemake", "--cores", "1", "--nolock", "--until", "notebook_01")
+    assert (done.returncode == 0) == again and (folder / "called").exists()
+    assert (folder / "data/runs/quickstart/dataset.npz").exists() == again
+    assert again or "E: no." in done.stderr
