@@ -192,6 +192,9 @@ def test_derivatives_are_double_backward(name):
     found, gradient = losses.value_and_gradient(rows=rows, weights=weights)
     close(found, weights @ losses.values()[rows], 1e-12)
     close(gradient, weights @ gradients[rows])
+    for part in ("full", "gauss_newton", "functional"):
+        of_samples = losses.sample_products(v.expand(2, -1), rows, part)
+        close(losses.hessian(rows=rows, part=part, weights=weights)(v), weights @ of_samples)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -278,6 +281,9 @@ def test_parameter_patterns():
         assert hessian_norm(model, x, y, loss, **options).value == pytest.approx(float(norm), rel=1e-6)
     refused(lambda: Losses(model, x, y, parameters=["Head.*"]), "Head", "head.weight")
     losses = Losses(model, x, y, parameters=["head.*"])
+    whole = Losses(model, x, y)
+    some = whole.moving(["head.*"])  # the same as made anew, and the whole stays whole
+    assert torch.equal(some.gradient(), losses.gradient()) and some.P == losses.P < whole.P == len(whole.gradient())
     assert list(losses.unflatten(torch.zeros(7, losses.P, dtype=F64))) == ["head.weight", "head.bias"]
     assert losses.unflatten(torch.zeros(7, losses.P, dtype=F64))["head.weight"].shape == (7, 3, 4)
 
@@ -586,12 +592,19 @@ def test_difference_norms_are_those_of_dense_differences(ordered):
     found = hessian_difference_norms(
         model, x, y, [1, 2, 4], order if ordered else None, loss, tolerance=1e-6, max_steps=300
     )
-    assert found.sizes == [1, 2, 4] and len(found.step) == len(found.limit) == 3
+    assert found.sizes == [1, 2, 4] and len(found.mean) == len(found.step) == len(found.limit) == 3
     H = torch.stack([hessians[order[:k]].mean(0) for k in range(1, 6)])
-    for k, step, limit in zip(found.sizes, found.step, found.limit, strict=True):
-        for estimate, exact in ((step, norms_of(H[k] - H[k - 1])), (limit, norms_of(H[k - 1] - H[4]))):
+    for k, mean, step, limit in zip(found.sizes, found.mean, found.step, found.limit, strict=True):
+        differences = (mean, H[k - 1]), (step, H[k] - H[k - 1]), (limit, H[k - 1] - H[4])
+        for estimate, exact in ((e, norms_of(matrix)) for e, matrix in differences):
             assert estimate.value == pytest.approx(float(exact), rel=1e-8) and estimate.converged
             assert estimate.lower <= float(exact) * (1 + 1e-10) and math.isnan(estimate.upper)
+    again = hessian_difference_norms(
+        model, x, y, [1, 2], order if ordered else None, loss, arriving=order[4], tolerance=1e-6, max_steps=300
+    )
+    for k, step, limit, first in zip(again.sizes, again.step, again.limit, found.limit):
+        exact = norms_of(hessians[order[4]] - H[k - 1]) / (k + 1)
+        assert step.value == pytest.approx(float(exact), rel=1e-8) and limit.value == first.value
     for sizes in ([0], [5], [2, 7]):
         refused(lambda s=sizes: hessian_difference_norms(model, x, y, s, loss=loss), "sizes")
 

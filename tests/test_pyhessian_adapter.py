@@ -352,6 +352,7 @@ def test_trap_5_gradients_left_behind_are_added():
     assert abs(fine) == pytest.approx(norm_of(H[0]), rel=1e-5)
     # the same on a model that holds such a gradient, in our hands
     losses = Losses(model, x[2:4], y[2:4])
+    losses.model.requires_grad_(True)
     with alone():
         pyhessian(losses.model, x[:2], y[:2])
     left = {n: p.grad for n, p in losses.model.named_parameters()}

@@ -728,6 +728,7 @@ class Tape:
     x, y     what the first step reads (n, ...), labels (n,) (for "mse" also targets of the shape of "f")
     sums     False: each sample has its own direction and its own product (leading axis n); True: one direction for
              all, and products and gradients are summed over the samples
+    weights  of the samples' losses (n,) in gradients and products; default: ones
     losses   (n,), after construction
 
     `values` keeps the activations by name, for the bounds and for tests.
@@ -740,6 +741,7 @@ class Tape:
     loss: str = "cross_entropy"
     moving: tuple[str, ...] | None = None
     sums: bool = False
+    weights: Tensor | None = None
     losses: Tensor = field(init=False)
     values: dict[str, Tensor] = field(init=False)
 
@@ -797,17 +799,13 @@ class Tape:
     def adjoints(self) -> dict[str, Tensor]:
         """dl/dz of every value by name; for the moving parameters the gradient, (n, ...) or summed over the samples."""
         if self._adjoints is None:
-            self._adjoints = self._back({"loss": torch.ones_like(self.losses)}, None, None, len(self._chain), {})
+            start = torch.ones_like(self.losses) if self.weights is None else self.weights
+            self._adjoints = self._back({"loss": start}, None, None, len(self._chain), {})
         return self._adjoints
 
-    def gradient(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """Gradients by parameter: (n, ...), or summed over the samples, each times its weight in `weights` (n,) where
-        they are given. None where a parameter has no influence."""
-        if weights is None:
-            found = self.adjoints
-        else:
-            found = self._back({"loss": weights}, None, None, len(self._chain), {})
-        return {name: found.get(name) for name in self.moving}
+    def gradient(self) -> dict[str, Tensor]:
+        """Gradients by parameter: (n, ...), or summed over the samples. None where a parameter has no influence."""
+        return {name: self.adjoints.get(name) for name in self.moving}
 
     def _forms_of(self) -> list:
         if self._forms is None:

@@ -601,10 +601,15 @@ class OnBall:
         return self.value + (self.gradient if gradient else 0.0) + self.radius**2 / 2 * curvature
 
 
+def _contrast(plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples and weights whose weighted sum of losses is (mean loss over `plus` - mean loss over `minus`)."""
+    sizes = torch.tensor([len(plus), -len(minus)])
+    return torch.cat([plus, minus]), (1 / sizes.double()).repeat_interleave(sizes.abs())
+
+
 def _difference(losses: Losses, plus: Tensor, minus: Tensor) -> Callable:
     """w -> (mean loss over `plus` - mean loss over `minus`, its gradient), in one pass."""
-    rows, sizes = torch.cat([plus, minus]), torch.tensor([len(plus), -len(minus)])
-    weights = (1 / sizes.double()).repeat_interleave(sizes.abs())
+    rows, weights = _contrast(plus, minus)
 
     def value_and_gradient(w):
         value, gradient = losses.value_and_gradient(w, rows, weights)
@@ -625,14 +630,11 @@ def difference_on_ball(
     Source: Theorems (thm:one-step-ball), (thm:surface-ball).
     """
     plus, minus = torch.as_tensor(plus), torch.as_tensor(minus)
-    of_plus, of_minus = losses.hessian(rows=plus), losses.hessian(rows=minus)
-    value_and_gradient = _difference(losses, plus, minus)
+    rows, weights = _contrast(plus, minus)
+    bend, value_and_gradient = losses.hessian(rows=rows, weights=weights), _difference(losses, plus, minus)
 
     def f(w):
-        return (losses.values(w, plus).mean() - losses.values(w, minus).mean()).item()
-
-    def bend(v):
-        return of_plus(v) - of_minus(v)
+        return (losses.values(w, rows) @ weights.to(losses.w)).item()
 
     w0, gradient = losses.w, losses.gradient(rows=plus) - losses.gradient(rows=minus)
     stream = np.random.SeedSequence([seed, len(plus), *plus.tolist(), *minus.tolist()]).generate_state(1)

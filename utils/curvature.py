@@ -14,6 +14,7 @@ part, the rest; `part` chooses "full", "gauss_newton" or "functional".
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ PARTS = ("full", "gauss_newton", "functional")
 MEMORY = 2**31  # default budget of an estimator's working arrays [bytes]
 TAPE, KEPT = 6, 3  # arrays for each activation of a forward pass: during a walk of the calculus, and between walks
 LEAST = 8  # Lanczos steps before an estimate may be taken for settled
+LEAST_OF_MEANS = 5  # the same for differences of means, of which many orders are averaged
 UNORTHOGONAL = 20  # Lanczos steps that need no reorthogonalisation at a tolerance of 1e-4
 
 
@@ -98,17 +100,27 @@ class Losses:
         for n, p in self.model.named_parameters():
             if not p.isfinite().all():
                 raise ValueError(f"The weights {n} hold NaN or infinity: train the model again or load other weights.")
+            p.requires_grad_(False)  # every derivative below is of a point put in the place of the parameters
         refuse_random_or_batch_dependent(self.model, self.x)
+        self.n = len(x)
+        self.steps = calculus.steps_of(self.model) if calculus.known(self.model) else None
+        self._move(parameters)
+
+    def _move(self, parameters: list[str] | None) -> None:
         named = {n: p.detach() for n, p in self.model.named_parameters()}
         chosen = [n for n in named if parameters is None or any(fnmatchcase(n, q) for q in parameters)]
         if not chosen:
             raise ValueError(f"No parameter matches {parameters}: the names are {', '.join(named)}.")
-        for n, p in self.model.named_parameters():  # the others are constants: no graph is kept for them
-            p.requires_grad_(n in chosen)
         self.point = {n: named[n] for n in chosen}
         self.rest = {n: t for n, t in named.items() if n not in chosen}
-        self.n, self.P = len(x), sum(t.numel() for t in self.point.values())
-        self.steps = calculus.steps_of(self.model) if calculus.known(self.model) else None
+        self.P = sum(t.numel() for t in self.point.values())
+
+    def moving(self, parameters: list[str] | None) -> Losses:
+        """The same losses as functions of other coordinates: those that match `parameters`."""
+        self._activations()  # counted once for all
+        found = copy.copy(self)
+        found._move(parameters)
+        return found
 
     @property
     def w(self) -> Tensor:
@@ -164,10 +176,12 @@ class Losses:
                 hook.remove()
         return self._size
 
-    def _tape(self, point: dict, rows: Tensor, sums: bool) -> calculus.Tape:
+    def _tape(self, point: dict, rows: Tensor, weights: Tensor | None = None) -> calculus.Tape:
+        """With `weights`, all that is computed from it is a sum over the samples."""
+        sums = weights is not None
         with torch.no_grad():
             x = calculus.data_of(self.model, self.x[rows])
-            return calculus.Tape(self.steps, self.rest | point, x, self.y[rows], self.loss, tuple(point), sums)
+            return calculus.Tape(self.steps, self.rest | point, x, self.y[rows], self.loss, tuple(point), sums, weights)
 
     def values(self, w: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Losses (m,) of the samples in `rows` (default: all) at the flat weights w (P,) (default: the model's own)."""
@@ -184,8 +198,8 @@ class Losses:
         point = {n: t.detach() for n, t in self._at(w).items()}
         for r, c in zip(rows.split(128), weights.split(128), strict=True):
             if self.steps is not None:
-                tape = self._tape(point, r, True)
-                batch, found = tape.losses @ c, tape.gradient(c)
+                tape = self._tape(point, r, c)
+                batch, found = tape.losses @ c, tape.gradient()
             else:
                 with torch.enable_grad(), second_order_mode():
                     leaves = {n: t.clone().requires_grad_(True) for n, t in point.items()}
@@ -209,52 +223,61 @@ class Losses:
 
         for r in self._all(rows).split(self.chunk(3)):
             if self.steps is not None:
-                found = self._tape(point, r, False).gradient()
+                found = self._tape(point, r).gradient()
             else:
                 with second_order_mode():
                     found = vmap(one, (None, 0, 0))(point, self.x[r], self.y[r])
             parts.append(self.flatten(found, (len(r),)))
         return torch.cat(parts)
 
-    def hessian(self, w: Tensor | None = None, rows: Tensor | None = None, part: str = "full"):
-        """The map v (P,) -> H v (P,), H the Hessian at w of the mean loss over `rows`. Cost of a call: two gradients.
+    def hessian(
+        self,
+        w: Tensor | None = None,
+        rows: Tensor | None = None,
+        part: str = "full",
+        weights: Tensor | None = None,
+    ):
+        """The map v (P,) -> H v (P,), H the Hessian at w of the mean loss over `rows`; with `weights` (m,), of the
+        weighted sum of their losses. Cost of a call: two gradients.
 
         What the products share is kept between calls while it fits the memory budget.
         """
         _check_part(part)
         point, rows = self._at(w), self._all(rows)
+        count, weights = (len(rows), self.w.new_ones(len(rows))) if weights is None else (1, weights.to(self.w))
         if self.steps is None:
-            return lambda v: self._by_differentiation(v, point, rows, part)
+            return lambda v: self._by_differentiation(v, point, rows, part, weights) / count
         chunks = rows.split(self.chunk(0))
         room = self.memory // (len(chunks[0]) * KEPT * self._activations() * self.w.element_size() + 1)
-        tapes = [self._tape(point, r, True) for r in chunks[: max(1, room)]]
+        pairs = list(zip(chunks, weights.split(len(chunks[0])), strict=True))
+        tapes = [self._tape(point, r, c) for r, c in pairs[: max(1, room)]]
 
         def product(v: Tensor) -> Tensor:
             with torch.no_grad():
                 direction, total = self.unflatten(v), torch.zeros_like(v)
-                for i, r in enumerate(chunks):
-                    tape = tapes[i] if i < len(tapes) else self._tape(point, r, True)
+                for i, (r, c) in enumerate(pairs):
+                    tape = tapes[i] if i < len(tapes) else self._tape(point, r, c)
                     total += self.flatten(tape.product(direction, part))
-            return total / len(rows)
+            return total / count
 
         return product
 
-    def _by_differentiation(self, v, point, rows, part):
+    def _by_differentiation(self, v, point, rows, part, weights):
         direction, total = self.unflatten(v), 0.0
         with second_order_mode():
-            for r in rows.split(256):
-                total = total + self.flatten(self._differentiated(point, direction, self.x[r], self.y[r], part))
-        return total / len(rows)
+            for r, c in zip(rows.split(256), weights.split(256), strict=True):
+                total = total + self.flatten(self._differentiated(point, direction, self.x[r], self.y[r], part, c))
+        return total
 
-    def _differentiated(self, point, direction, x, y, part):
-        """(d/dt) of the summed gradient along `direction`, or of its part, by name: forward over reverse."""
+    def _differentiated(self, point, direction, x, y, part, weights):
+        """(d/dt) of the weighted gradients along `direction`, or of its part, by name: forward over reverse."""
         full = {}
         if part != "gauss_newton":
-            full = jvp(grad(lambda q: self._batch(q, x, y).sum()), (point,), (direction,))[1]
+            full = jvp(grad(lambda q: self._batch(q, x, y) @ weights), (point,), (direction,))[1]
             if part == "full":
                 return full
         f, df = jvp(lambda q: self._logits(q, x), (point,), (direction,))
-        curved = jvp(grad(lambda u: loss_from_logits(u, y, self.loss).sum()), (f,), (df,))[1]
+        curved = jvp(grad(lambda u: loss_from_logits(u, y, self.loss) @ weights), (f,), (df,))[1]
         outer = vjp(lambda q: self._logits(q, x), point)[1](curved)[0]
         return outer if part == "gauss_newton" else {n: full[n] - outer[n] for n in point}
 
@@ -285,7 +308,7 @@ class SampleHessians:
 
     def _tape_of(self, local: Tensor) -> calculus.Tape:
         if self.here is None or not torch.equal(self.here, local):
-            self.here, self.tape = local, self.losses._tape(self.losses.point, self.rows[local], False)
+            self.here, self.tape = local, self.losses._tape(self.losses.point, self.rows[local])
             self.tape.sigma = {i: t[local] for i, t in self.sigma.items()}
         self.tape.mu = None if self.mu is None else self.mu[local]
         return self.tape
@@ -311,7 +334,7 @@ class SampleHessians:
         out = torch.empty_like(V) if out is None else out
 
         def one(direction, a, b):
-            return losses._differentiated(losses.point, direction, a[None], b[None], self.part)
+            return losses._differentiated(losses.point, direction, a[None], b[None], self.part, losses.w.new_ones(1))
 
         if losses.steps is None:
             with second_order_mode():
@@ -699,41 +722,52 @@ def hessian_norm(
 
 @dataclass(frozen=True)
 class DifferenceNorms:
-    """‖H_{k+1} - H_k‖ (`step`) and ‖H_k - H_n‖ (`limit`) for each k of `sizes`: NormEstimates by position."""
+    """‖H_k‖ (`mean`), ‖H_{k+1} - H_k‖ (`step`), ‖H_k - H_n‖ (`limit`) for each k of `sizes`: NormEstimates."""
 
     sizes: list[int]
+    mean: list[NormEstimate]
     step: list[NormEstimate]
     limit: list[NormEstimate]
 
 
 def hessian_difference_norms(
-    model, x, y, sizes, order=None, loss="cross_entropy", *, tolerance=1e-3, max_steps=60, seed=0, **options
+    model,
+    x,
+    y,
+    sizes,
+    order=None,
+    loss="cross_entropy",
+    *,
+    arriving=None,
+    tolerance=1e-3,
+    max_steps=60,
+    seed=0,
+    **options,
 ) -> DifferenceNorms:
-    """Norms of the exact differences H_{k+1} - H_k = (h_{k+1} - H_k)/(k+1) and H_k - H_n, never of a subsample.
+    """Norms of H_k and of the exact differences H_{k+1} - H_k = (h_{k+1} - H_k)/(k+1) and H_k - H_n.
 
-    `order` (n,) is the order in which samples arrive. k < n. Cost of one size: 10 to 20 products over k + 1
-    samples for the step and over n for the limit (H_k - H_n = (1 - k/n)(H_k - mean of the rest)), a product
-    over m samples costing about two gradients of m losses; a grid of sizes costs the sum.
+    `order` (n,) is the order in which samples come, k < n; `arriving`, an index, is the sample that comes after every
+    k in place of the order's own. Each difference is the Hessian of one weighted sum of losses, never of a subsample.
+    Cost of one size: 5 to 20 products over k, over k + 1 and over n samples, a product over m samples costing about
+    two gradients of m losses; a grid of sizes costs the sum.
     """
     losses = Losses(model, x, y, loss, **options)
     order = torch.arange(losses.n) if order is None else torch.as_tensor(order)
     order, n = order.to(losses.x.device), losses.n
     if not all(1 <= k < n for k in sizes):
         raise ValueError(f"sizes {list(sizes)} have to lie between 1 and n - 1 = {n - 1}: choose such k.")
-    start = uniform_start((losses.P,), losses, seed)
-    step, limit = [], []
+    start, found = uniform_start((losses.P,), losses, seed), DifferenceNorms(list(sizes), [], [], [])
     for k in sizes:
-        first, new, rest = (losses.hessian(rows=r) for r in (order[:k], order[k : k + 1], order[k:]))
-        for found, plus, minus, factor in ((step, new, first, 1 / (k + 1)), (limit, first, rest, 1 - k / n)):
-            found.append(
-                operator_norm(
-                    lambda v, a=plus, b=minus, c=factor: c * (a(v) - b(v)),
-                    start,
-                    tolerance=tolerance,
-                    max_steps=max_steps,
-                )
-            )
-    return DifferenceNorms(list(sizes), step, limit)
+        first, new = order[:k], order[k : k + 1] if arriving is None else order.new_tensor([arriving])
+        ones = losses.w.new_ones(n)
+        for norms, rows, weights in (
+            (found.mean, first, ones[:k] / k),
+            (found.step, torch.cat([first, new]), torch.cat([-ones[:k] / k, ones[:1]]) / (k + 1)),
+            (found.limit, order, torch.cat([ones[:k] / k, 0 * ones[k:]]) - ones / n),
+        ):
+            H = losses.hessian(rows=rows, weights=weights)
+            norms.append(operator_norm(H, start, tolerance=tolerance, max_steps=max_steps, least=LEAST_OF_MEANS))
+    return found
 
 
 # --- trace and spectrum ---------------------------------------------------------------------------
@@ -899,7 +933,7 @@ def hessian_block_norms(
     values, residual = np.zeros((m, m)), np.zeros((m, m))
     for i in range(m):
         for j in range(i + 1):
-            pair = Losses(losses.model, x, y, loss, parameters=[*groups[names[i]], *groups[names[j]]], **options)
+            pair = losses.moving([*groups[names[i]], *groups[names[j]]])
             inside = {n: torch.full_like(t, n in groups[names[j]]) for n, t in pair.point.items()}
             mask = pair.flatten(inside).bool()  # coordinates of the second group
             H, start = pair.hessian(), torch.where(mask, uniform_start((pair.P,), pair, seed), 0.0)

@@ -115,7 +115,7 @@ class Walk:
     """One sample's steps with what was saved at each, the adjoints, and which values depend on the moving weights."""
 
     def __init__(self, losses: curvature.Losses, row: int, groups: list[str]):
-        self.tape: Tape = losses._tape(losses.point, torch.tensor([row], device=losses.x.device), False)
+        self.tape: Tape = losses._tape(losses.point, torch.tensor([row], device=losses.x.device))
         self.steps: list[Step] = self.tape._chain[:-1]
         self.saved, self.wanted, self.values = self.tape._saved, self.tape._wanted, self.tape.values
         self.groups = {name: g for g, name in enumerate(groups)}
