@@ -332,6 +332,7 @@ def test_pages_of_all_notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
     index = notebooks.html(tmp_path / "site")
     links = re.findall(r'href="([^"]+)"', index.read_text(encoding="utf-8"))
-    assert links == ["01_data_preparation.html", "rendered/other.html"]
+    assert links == ["01_data_preparation.html", "rendered/other.html"]  # under the run that each comes from
+    assert re.findall("<h2>(.+?)</h2>", index.read_text(encoding="utf-8")) == ["quickstart", "rendered"]
     pages = [(index.parent / link).read_text(encoding="utf-8") for link in links]
     assert all('href="02_model_training.html"' in page and "data:image/png" in page for page in pages)

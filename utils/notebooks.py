@@ -365,7 +365,7 @@ def html(folder: Path | str) -> Path:
     """
     from nbconvert import HTMLExporter  # seconds to import
 
-    folder, exporter, rows = Path(folder), HTMLExporter(), []
+    folder, exporter, lists = Path(folder), HTMLExporter(), {}
     for path in sorted(NOTEBOOKS.rglob("*.ipynb"), key=lambda p: (len(p.parts), p)):
         if ".ipynb_checkpoints" in path.parts:
             continue
@@ -376,14 +376,15 @@ def html(folder: Path | str) -> Path:
             temporary.write_text(re.sub(r'href="([^":/]+)\.ipynb"', r'href="\1.html"', body), encoding="utf-8")
         head = source(read(path)["cells"][0])
         title, asks = re.search(r"^# (.+)$", head, re.MULTILINE), re.search(r"\*\*Question\.\*\* (.+)", head)
-        made = path.parent.relative_to(NOTEBOOKS).as_posix()
-        title = (title[1] if title else path.stem) + ("" if made == "." else f" ({made})")
+        title = title[1] if title else path.stem
         asks = re.sub(r"\$\\?(\w+)\$", r"\1", asks[1]) if asks else ""
-        rows.append(f'<li><a href="{page.relative_to(folder).as_posix()}">{title}</a> {asks}</li>')
+        row = f'<li><a href="{page.relative_to(folder).as_posix()}">{title}</a> {asks}</li>'
+        lists.setdefault("quickstart" if path.parent == NOTEBOOKS else path.parent.name, []).append(row)
         print(f"{page}", flush=True)
     style = "body{font:16px/1.5 sans-serif;max-width:46rem;margin:3rem auto;padding:0 1rem}li{margin:.6rem 0}"
     text = f'<!doctype html><meta charset="utf-8"><title>Notebooks</title><style>{style}</style>'
-    text += f"<h1>Convergence of the loss function surface in transformers</h1><ol>{''.join(rows)}</ol>"
+    text += "<h1>Convergence of the loss function surface in transformers</h1>"
+    text += "".join(f"<h2>{run}</h2><ul>{''.join(rows)}</ul>" for run, rows in lists.items())
     with runs.atomic(folder / "index.html") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return folder / "index.html"
