@@ -57,6 +57,28 @@ NETWORKS = {
 }
 
 
+def test_spectral_norm_of_large_matrices(monkeypatch):
+    """At or just above the largest singular value, also where ARPACK's estimate is too low or there is none."""
+    generator = torch.Generator().manual_seed(1)
+    M = torch.randn(300, 420, generator=generator, dtype=F64)
+    Q = torch.linalg.qr(M.T).Q.T  # every singular value is 1
+    cases = (M, M.T, 1e-180 * M, 1e150 * M, M - M.mean(0), Q, torch.outer(M[0], M[1, :300]), 0 * M)
+    exact = [torch.linalg.matrix_norm(m, 2).item() for m in cases]
+    found = [forms.spectral(m).item() for m in cases]
+    assert found == pytest.approx(exact, rel=1e-9) and found[-1] == 0
+    assert all(f >= e * (1 - 1e-13) for f, e in zip(found, exact))
+    listed, eigsh = [], forms.eigsh
+    monkeypatch.setattr(forms, "eigsh", lambda G, *a, **k: 0.9999 * eigsh(G, *a, **k))
+    assert [forms.spectral(m).item() for m in cases[:6]] == pytest.approx(exact[:6], rel=1e-12)  # refused: all of them
+    eigenvalues = torch.linalg.eigvalsh
+    monkeypatch.setattr(forms, "eigsh", eigsh)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda G: listed.append(len(G)) or eigenvalues(G))
+    forms.spectral(M)
+    assert listed == []  # the estimate was certified
+    forms.spectral(M[:200])
+    assert listed == [200]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_roots_of_every_node(name):
     """One input: R^T R = |M|.  Two values: R_x^T R_x = |C^T|, R_y^T R_y = |C|.  A parameter: R x' is its gradient."""

@@ -20,7 +20,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
 from utils import curvature
@@ -42,6 +44,7 @@ from utils.calculus import (
 ROUNDING = 1 + 1e-10
 SMALL_MATRIX = ("adjoint", "blocks", "tangents")
 BY_PRODUCTS = ("majorant", "deflated")
+LARGE = 256  # rows of a matrix for which a factorisation is cheaper than all its eigenvalues
 LEAST = 1e-140  # of mu: adjoints so small that their squares underflow are then inside the rounding of mu
 
 
@@ -52,7 +55,25 @@ def spectral(M: Tensor) -> Tensor:
     scale = M.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
     M = M / scale
     gram = M @ M.mT if M.shape[-2] < M.shape[-1] else M.mT @ M
-    return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
+    return _largest(gram).clamp(min=0).sqrt() * scale[..., 0, 0]
+
+
+def _largest(G: Tensor) -> Tensor:
+    """Largest eigenvalue of the symmetric matrices G (..., n, n), never below it but for rounding.
+
+    Of a large one it is t = (1 + 1e-9) times ARPACK's estimate from below, where a Cholesky factorisation shows that
+    t - G is positive definite; otherwise the last of all its eigenvalues.
+    """
+    if G.ndim == 2 and len(G) >= LARGE and G.device.type == "cpu":
+        start = np.random.default_rng(0).normal(size=len(G))
+        try:
+            below = eigsh(G.numpy(), 1, which="LA", v0=start, tol=1e-5, return_eigenvectors=False)
+        except ArpackError:  # a matrix of zeros, or one that has not converged
+            below = np.zeros(1)
+        t = G.new_tensor((1 + 1e-9) * below[0])
+        if torch.linalg.cholesky_ex(torch.diag(t.expand(len(G))) - G).info == 0:
+            return t
+    return torch.linalg.eigvalsh(G)[..., -1]
 
 
 def softmax_first(s: Tensor) -> Tensor:
