@@ -42,7 +42,6 @@ PARTS = ("full", "gauss_newton", "functional")
 MEMORY = 2**31  # default budget of an estimator's working arrays [bytes]
 TAPE, KEPT = 6, 3  # arrays for each activation of a forward pass: during a walk of the calculus, and between walks
 LEAST = 8  # Lanczos steps before an estimate may be taken for settled
-LEAST_OF_MEANS = 5  # the same for differences of means, of which many orders are averaged
 UNORTHOGONAL = 20  # Lanczos steps that need no reorthogonalisation at a tolerance of 1e-4
 
 
@@ -748,7 +747,7 @@ def hessian_difference_norms(
 
     `order` (n,) is the order in which samples come, k < n; `arriving`, an index, is the sample that comes after every
     k in place of the order's own. Each difference is the Hessian of one weighted sum of losses, never of a subsample.
-    Cost of one size: 5 to 20 products over k, over k + 1 and over n samples, a product over m samples costing about
+    Cost of one size: 8 to 20 products over k, over k + 1 and over n samples, a product over m samples costing about
     two gradients of m losses; a grid of sizes costs the sum.
     """
     losses = Losses(model, x, y, loss, **options)
@@ -766,7 +765,7 @@ def hessian_difference_norms(
             (found.limit, order, torch.cat([ones[:k] / k, 0 * ones[k:]]) - ones / n),
         ):
             H = losses.hessian(rows=rows, weights=weights)
-            norms.append(operator_norm(H, start, tolerance=tolerance, max_steps=max_steps, least=LEAST_OF_MEANS))
+            norms.append(operator_norm(H, start, tolerance=tolerance, max_steps=max_steps))
     return found
 
 
