@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -60,13 +61,23 @@ def test_a_later_run_replaces_its_own_rows_only(tmp_path):
     path = tmp_path / "benchmark.csv"
     row = dict.fromkeys(benchmark.COLUMNS, 1.0) | {"model": "medium", "method": "ours"}
     pd.DataFrame([row | {"task": task} for task in ("norms", "norm")]).to_csv(path, index=False)
-    new = pd.DataFrame([row | {"task": "norm", "n": 7.0}, row | {"task": "norms", "model": "small-trained"}])
+    there = row | {"task": "norms", "device": 2.0}
+    new = pd.DataFrame([row | {"task": "norm", "n": 7.0}, row | {"task": "norms", "model": "small-trained"}, there])
     merged = benchmark.merge(new, path)
-    assert list(zip(merged["task"], merged["model"], merged["n"])) == [
-        ("norms", "small-trained", 1.0),
-        ("norms", "medium", 1.0),
-        ("norm", "medium", 7.0),
+    assert list(zip(merged["task"], merged["model"], merged["device"], merged["n"])) == [
+        ("norms", "small-trained", 1.0, 1.0),
+        ("norms", "medium", 1.0, 1.0),
+        ("norms", "medium", 2.0, 1.0),
+        ("norm", "medium", 1.0, 7.0),
     ]
+
+
+def test_each_device_has_a_table_of_its_own_and_the_cpu_comes_first():
+    both = pd.read_csv(benchmark.CSV)
+    gpu = both[both["task"] != "memory"].assign(device="A GPU", ms_per_unit=1.0, target=float("nan"))
+    cpu, other = benchmark.table(both[both["device"] == "cpu"]), benchmark.table(gpu)
+    assert benchmark.table(pd.concat([gpu, both[both["device"] == "cpu"]])) == f"{cpu}\n\n{other}"
+    assert "device cpu;" in cpu and "device A GPU;" in other and "Peak memory" not in other
 
 
 def test_refusals_are_one_sentence(tmp_path, capsys):
@@ -74,5 +85,7 @@ def test_refusals_are_one_sentence(tmp_path, capsys):
     page.write_text("no markers", encoding="utf-8")
     assert "give 1 to 269." in refused(["--n", "270"], capsys)
     assert "leave --write out." in refused(["--quick", "--write"], capsys)
+    with patch.object(benchmark.torch.cuda, "is_available", lambda: False):
+        assert "--device is cuda and PyTorch sees no GPU here: give cpu." in refused(["--device", "cuda"], capsys)
     assert "add the two lines." in refused(["--write", "--page", str(page)], capsys)
     assert Path(benchmark.CSV).parts[-2:] == ("benchmarks", "benchmark.csv")

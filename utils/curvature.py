@@ -154,11 +154,14 @@ class Losses:
         return self.point if w is None else self.unflatten(w)
 
     def chunk(self, vectors: int, most: int = 64) -> int:
-        """Samples that fit the budget when each needs `vectors` arrays of length P beside its activations."""
+        """Samples that fit the budget when each needs `vectors` arrays of length P beside its activations.
+
+        On a CPU not more than `most`, which stay near its caches; a GPU waits for kernels to start, however small.
+        """
         if self.chunk_size is not None:
             return self.chunk_size
         each = self.w.element_size() * (vectors * self.P + TAPE * self._activations())
-        return max(1, min(most, self.memory // each))
+        return max(1, min(most if self.w.device.type == "cpu" else self.n, self.memory // each))
 
     def _activations(self) -> int:
         """Numbers in one sample's activations, from one forward pass."""
@@ -184,9 +187,9 @@ class Losses:
 
     def values(self, w: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Losses (m,) of the samples in `rows` (default: all) at the flat weights w (P,) (default: the model's own)."""
-        point = self._at(w)
+        point, chunks = self._at(w), self._all(rows).split(self.chunk(0, 256))
         with torch.no_grad(), second_order_mode():
-            return torch.cat([self._batch(point, self.x[r], self.y[r]) for r in self._all(rows).split(256)])
+            return torch.cat([self._batch(point, self.x[r], self.y[r]) for r in chunks])
 
     def value_and_gradient(
         self, w: Tensor | None = None, rows: Tensor | None = None, weights: Tensor | None = None
@@ -195,7 +198,8 @@ class Losses:
         rows, value, gradient = self._all(rows), 0.0, torch.zeros_like(self.w)
         weights = self.w.new_full((len(rows),), 1 / len(rows)) if weights is None else weights.to(self.w)
         point = {n: t.detach() for n, t in self._at(w).items()}
-        for r, c in zip(rows.split(128), weights.split(128), strict=True):
+        size = self.chunk(0, 128)
+        for r, c in zip(rows.split(size), weights.split(size), strict=True):
             if self.steps is not None:
                 tape = self._tape(point, r, c)
                 batch, found = tape.losses @ c, tape.gradient()
@@ -262,9 +266,9 @@ class Losses:
         return product
 
     def _by_differentiation(self, v, point, rows, part, weights):
-        direction, total = self.unflatten(v), 0.0
+        direction, total, size = self.unflatten(v), 0.0, self.chunk(0, 256)
         with second_order_mode():
-            for r, c in zip(rows.split(256), weights.split(256), strict=True):
+            for r, c in zip(rows.split(size), weights.split(size), strict=True):
                 total = total + self.flatten(self._differentiated(point, direction, self.x[r], self.y[r], part, c))
         return total
 

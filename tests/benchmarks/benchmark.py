@@ -1,8 +1,9 @@
 """Speed and accuracy of this repository beside other software, on real digits: `python tests/benchmarks/benchmark.py`.
 
-One process, one thread. The methods take turns (A B C A B C ...), and a ratio compares two methods in the same round,
-so that a machine that slows down in between does not move it. Slow methods get a block of the samples, another one in
-every round. README.md in this folder says what is compared, with which settings, and what every column means.
+One process, one thread, on the CPU or a GPU. The methods take turns (A B C A B C ...), and a ratio compares two methods
+in the same round, so that a machine that slows down in between does not move it. Slow methods get a block of the
+samples, another one in every round. README.md in this folder says what is compared, with which settings, and what every
+column means.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def pyhessian(net, x, y, dtype=torch.float64, *, each: bool, batch: int | None =
         net.zero_grad(set_to_none=True)
         loader = batch and DataLoader(TensorDataset(x[rows], y[rows]), batch_size=batch)
         about = {"dataloader": loader} if loader else {"data": (x[rows], y[rows])}
-        return abs(hessian(net, mean, cuda=False, **about).eigenvalues(maxIter=steps, tol=tol)[0][0])
+        return abs(hessian(net, mean, cuda=x.is_cuda, **about).eigenvalues(maxIter=steps, tol=tol)[0][0])
 
     def call(rows):
         default = torch.get_default_dtype()
@@ -267,7 +268,8 @@ def sample_norms(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Met
 
     for rows in torch.arange(len(x)).split(max(1, curvature.MEMORY // (800 * losses.P))):
         start = torch.randn(len(rows), losses.P, dtype=torch.float64, generator=generator)
-        truth.append(curvature.lanczos(curvature.SampleHessians(losses, rows), start, max_steps=200, done=done).value)
+        product, start = curvature.SampleHessians(losses, rows), start.to(x.device)
+        truth.append(curvature.lanczos(product, start, max_steps=200, done=done).value.cpu())
     again = curvature.per_sample_hessian_norms(plain(net), x, y, tolerance=1e-8).value
     single, share = torch.float32, sizes.share
     methods = [
@@ -319,7 +321,7 @@ def spectrum(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Method]
         Method(BASES["density"][0], adapted, chunk=len(x)),
     ]
     losses, generator = curvature.Losses(net, x, y), torch.Generator().manual_seed(1)
-    signs = torch.randint(2, (8 if sizes.quick else 128, losses.P), generator=generator).double() * 2 - 1
+    signs = torch.randint(2, (8 if sizes.quick else 128, losses.P), generator=generator).to(losses.w) * 2 - 1
     product = losses.hessian()
     pairs = [(v @ z, z @ z) for v in signs for z in [product(v)]]
     return methods, torch.tensor(pairs, dtype=torch.float64).mean(0)
@@ -334,7 +336,7 @@ def loss_steps(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Metho
 
     @torch.no_grad()
     def forward(rows, size):
-        return np.concatenate([criterion(twin(x[r]), y[r]).numpy() for r in rows.split(size)])
+        return np.concatenate([criterion(twin(x[r]), y[r]).cpu().numpy() for r in rows.split(size)])
 
     def running(values, orders):
         steps = []
@@ -382,26 +384,32 @@ def chunks_seen():
 
 
 def measure(task: str, model: str, net: ViT, sizes: Sizes) -> list[dict]:
-    """The rows of a task on a model: every method against the task's base, "ours" against all of BASES."""
-    x, y = (t[: sizes.n if task in ("norms", "density") else sizes.k] for t in data())
+    """The rows of a task on a model: every method against the task's base, "ours" against all of BASES.
+
+    On a GPU without SciPy's eigsh, whose vectors live on the CPU, and without targets, which are of one CPU thread.
+    """
+    device = next(net.parameters()).device
+    x, y = (t[: sizes.n if task in ("norms", "density") else sizes.k].to(device) for t in data())
     say(f"{task}, {model}: truth")
     methods, truth = METHODS[task](net, x, y, sizes)
-    methods, rows = [m for m in methods if m.call is not None], torch.arange(len(x))
+    methods = [m for m in methods if m.call is not None and not (x.is_cuda and m.name.startswith("eigsh"))]
+    rows = torch.arange(len(x))
     torch.manual_seed(0)  # PyHessian starts from the global generator
     for method in methods:  # first calls import and compile: not timed
-        with chunks_seen() as seen:
-            method.call(rows[:1])
-        method.chunk = min([len(x), *([method.chunk] if method.chunk else seen)])
+        method.call(rows[:1])
     for r in range(sizes.rounds):
         for method in methods:
-            one_round(task, method, rows if method.share is None else rows.roll(-r * method.share)[: method.share])
+            some = rows if method.share is None else rows.roll(-r * method.share)[: method.share]
+            with chunks_seen() as seen:
+                one_round(task, method, some)
+            method.chunk = min([len(some), *([method.chunk] if method.chunk else seen)])
             say(f"{task}, {model}, round {r + 1}: {method.name}, {method.dtype}, {method.ms[-1]:.4g} ms")
     out = []
     for method in methods:
         for place, base in enumerate(BASES[task][: None if method.name == "ours" else 1]):
             other = next(m for m in methods if (m.name, m.dtype) == (base, method.dtype))
             ratios, goal = [b / a for a, b in zip(method.ms, other.ms)], math.nan
-            if method is methods[0]:
+            if method is methods[0] and not x.is_cuda:
                 goal = TARGETS.get((task, place, model), TARGETS.get((task, place, None), math.nan))
             row = common(task, model, net, sizes, method.dtype) | accuracy(method, truth.reshape(-1), task)
             row |= {"method": method.name, "base": base, "n": len(x), "chunk": method.chunk, "target": goal}
@@ -417,6 +425,8 @@ def one_round(task: str, method: Method, rows: Tensor) -> None:
     gc.collect()  # PyHessian leaves cycles
     start = time.perf_counter()
     values, converged = method.call(rows)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     method.ms.append(1e3 * (time.perf_counter() - start) / (len(rows) if task == "norms" else 1))
     values = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
     unsure = [math.nan] * len(values) if converged is None else [float(not c) for c in converged]
@@ -425,7 +435,8 @@ def one_round(task: str, method: Method, rows: Tensor) -> None:
 
 def common(task: str, model: str, net: ViT, sizes: Sizes, dtype: torch.dtype = torch.float64) -> dict:
     about = {"task": task, "model": model, "dtype": str(dtype).removeprefix("torch."), "unit": TASKS[task][1]}
-    about |= {"parameters": sum(p.numel() for p in net.parameters()), "rounds": sizes.rounds, "device": "cpu"}
+    about |= {"parameters": sum(p.numel() for p in net.parameters()), "rounds": sizes.rounds}
+    about["device"] = torch.cuda.get_device_name() if next(net.parameters()).is_cuda else "cpu"
     return about | {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
@@ -480,17 +491,22 @@ def memory(model: str, net: ViT, sizes: Sizes) -> list[dict]:
 
 
 def shown(row: dict) -> bool:
-    """Whether the README shows a row: every method for the norms of one model, else ours beside the base."""
+    """Whether the README shows a row: every method for the norms of one model, else ours and the base."""
     if row["task"] == "norms" and row["model"] == "small-trained":
         return row["base"] == BASES["norms"][0]
     if row["task"] != "norms" and row["model"] == "small-40-step":
         return False
-    ours = row["method"] == "ours" and (row["base"] == BASES[row["task"]][0] or not pd.isna(row["target"]))
-    return row["dtype"] == "float64" and (ours or row["method"] == BASES[row["task"]][0])
+    return row["dtype"] == "float64" and row["method"] in ("ours", BASES[row["task"]][0])
 
 
 def table(frame: pd.DataFrame) -> str:
-    """The rows that the README shows as Markdown, with what they have in common below; the CSV has them all."""
+    """The rows that the README shows as Markdown, a table a device, the CPU's first; the CSV has them all."""
+    groups = frame.groupby("device", sort=False)
+    return "\n\n".join(table_of(groups.get_group(d)) for d in sorted(groups.groups, key=lambda d: (d != "cpu", d)))
+
+
+def table_of(frame: pd.DataFrame) -> str:
+    """The rows of one device, with what they have in common below."""
 
     def pair(row, names, form):
         return " / ".join(form.format(row[name]) for name in names if not pd.isna(row[name]))
@@ -519,10 +535,11 @@ def table(frame: pd.DataFrame) -> str:
 
 
 def merge(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """With the rows of an earlier run, where this one did not take the same task on the same model."""
+    """With the rows of an earlier run, where this one did not take the same task on the same model and device."""
     if path.is_file():
-        old, new = pd.read_csv(path), set(zip(frame["task"], frame["model"]))
-        frame = pd.concat([old[[pair not in new for pair in zip(old["task"], old["model"])]], frame])
+        key, old = ["task", "model", "device"], pd.read_csv(path)
+        new = set(frame[key].itertuples(index=False, name=None))
+        frame = pd.concat([old[[row not in new for row in old[key].itertuples(index=False, name=None)]], frame])
     order = {name: place for place, name in enumerate([*TASKS, *MODELS])}
     return frame.sort_values(["task", "model"], key=lambda c: c.map(order), kind="stable", ignore_index=True)
 
@@ -545,6 +562,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sizes]:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="memory takes the last model")
     parser.add_argument("--rounds", type=int, help="default 5")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: all tasks but memory")
     parser.add_argument("--n", type=int, help="samples of norms and density (256); norm and losses take 4n")
     parser.add_argument("--write", action="store_true", help=f"update {PAGE.name} and {CSV.relative_to(ROOT)}")
     parser.add_argument("--csv", type=Path, default=CSV, help=argparse.SUPPRESS)
@@ -557,6 +575,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Sizes]:
             if not 1 <= value <= most:
                 parser.error(f"{name} is {value}: give 1 to {most}.")
             sizes = replace(sizes, **{name: value} | ({"k": 4 * value} if name == "n" else {}))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda and PyTorch sees no GPU here: give cpu.")
     if options.write:
         if options.quick and options.csv == CSV:
             parser.error("--quick measures too little to be published: leave --write out.")
@@ -574,11 +594,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     found, earlier = [], options.csv if options.write else Path(os.devnull)
     for model in options.models:
-        net = network(model, sizes.quick)
+        net = network(model, sizes.quick).to(options.device)
         for task in options.tasks:
             if task != "memory":
                 found += measure(task, model, net, sizes)
-            elif model == options.models[-1]:
+            elif model == options.models[-1] and options.device == "cpu":
                 found += memory(model, net, sizes)
             frame = merge(pd.DataFrame(found).reindex(columns=COLUMNS), earlier)
             if options.write:
