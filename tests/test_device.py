@@ -1,6 +1,7 @@
 """Where there is a GPU: the same numbers there as on the CPU, to 1e-6 in float64, by function and by notebook."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -56,15 +57,19 @@ def test_every_number_is_the_same_on_the_gpu():
 
 @gpu
 def test_notebooks_give_the_same_tables_on_the_gpu(tmp_path):
-    """Trained once, on the CPU; measured on both."""
-    folder, weights = tree(tmp_path), {"run": "here"}
-    for stage in ("01", "02", "03", "04", "05", "06"):
-        assert papermill(folder, stage, **TINY | weights | {"retrain_sizes": []}).returncode == 0
-    given = str(folder / "data/runs/here/model.safetensors")
-    for stage in ("01", "02", "03", "04", "05", "06"):
-        more = {"run": "there", "device": "cuda", "retrain_sizes": [], "weights": given}
-        done = papermill(folder, stage, **TINY | more)
-        assert done.returncode == 0, done.stderr[-2000:]
+    """Trained once, on the CPU; measured on both, side by side."""
+    folder, stages = tree(tmp_path), ("03", "04", "05", "06")
+
+    def execute(run, *stages, **more):
+        for stage in stages:
+            done = papermill(folder, stage, **TINY | {"run": run, "retrain_sizes": []} | more)
+            assert done.returncode == 0, done.stderr[-2000:]
+
+    execute("here", "01", "02")
+    given = {"device": "cuda", "weights": str(folder / "data/runs/here/model.safetensors")}
+    with ThreadPoolExecutor() as pool:
+        for job in (pool.submit(execute, "here", *stages), pool.submit(execute, "there", "01", "02", *stages, **given)):
+            job.result()
     record = json.loads((folder / "data/runs/there/run.json").read_text())["stages"]
     assert record["03"]["device"] == "cuda" and record["03"]["versions"]["gpu"]
     for file in ("per_sample_norms.csv", "hessian_norms.csv", "bounds.csv"):
