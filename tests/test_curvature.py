@@ -744,6 +744,18 @@ def test_chunks_follow_the_memory_budget():
     assert Losses(model, x, y, loss, chunk_size=7, memory=1).chunk(24) == 7
 
 
+def test_only_on_a_cpu_has_a_chunk_a_size_of_its_own(monkeypatch):
+    """Elsewhere all samples go together, as far as the budget goes; a tensor without storage stands for a GPU's."""
+    model, x, y, loss = case("vit-pre-cls-gelu-depth2")
+    x, y = torch.cat([x] * 100), torch.cat([y] * 100)
+    roomy, tight = (Losses(model, x, y, loss, memory=memory) for memory in (2**40, 2**22))
+    assert roomy.chunk(3) == 64 and roomy.chunk(0, 128) == 128
+    scarce = tight.chunk(24)
+    monkeypatch.setattr(Losses, "w", roomy.w.to("meta"))
+    assert roomy.chunk(3) == roomy.chunk(0, 128) == len(x) > 128
+    assert tight.chunk(24) == scarce < 64
+
+
 def test_half_trained_network():
     """Indefinite Hessians after a few steps of training: every value within 1e-3 of the dense one, both precisions."""
     model, (x, y) = vit(depth=2, d_model=8, d_ff=8), samples(7, n=20)
