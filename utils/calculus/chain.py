@@ -1,0 +1,169 @@
+"""A network's chain of nodes, read off any module by tracing it: what every derivative and bound is
+a walk over.
+
+>>> import torch
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3,
+2)).eval()
+>>> [step.place for step in read_chain(model, torch.randn(5, 4)).steps]
+['linear of 0', 'tanh of 1', 'linear of 2']
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from utils.calculus.lowering import Lowering, Step
+from utils.calculus.nodes.base import Node
+from utils.calculus.rewrite import fuse_elementwise, fuse_rms_norm, push_selections
+from utils.calculus.trace import trace
+
+MOST = 64  # chains kept
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A network as steps from its input to its output, both named.
+
+    steps       in the order of computation; an input that no step makes is a parameter or buffer of
+                the module by its own name, a constant, or the network's input
+    input       name of the input (n, ...)
+    output      name of the output
+    constants   tensors by name (1, ...), that belong to the graph alone
+    parameters  names of the parameters that the output depends on
+    casts       operators that name a floating-point type: they compute in the type of the weights
+                instead
+    """
+
+    steps: tuple[Step, ...]
+    input: str
+    output: str
+    constants: dict[str, Tensor]
+    parameters: frozenset[str]
+    casts: tuple[str, ...]
+
+
+class _OneTensor(nn.Module):
+    """The module with its output as one tensor: it, or its `.logits`."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x)
+        return out if isinstance(out, Tensor) else out.logits
+
+
+def read_chain(
+    model: nn.Module, x: Tensor, kinds: dict[str, Callable[[fx.Node], Node]] | None = None
+) -> Chain:
+    """The chain of a module for inputs like x.
+
+    model: in evaluation mode, returns a tensor or an object with `.logits`; it is left as it is. x
+    (n, ...): inputs, of which the first is traced. kinds: nodes of your own, by the operator's name
+    ("sin" for aten.sin): functions from the fx node, whose `meta["val"].shape` is the shape of one
+    example's value, to the node. Chains are kept: the same structure is traced once. Raises
+    Untraceable, in one sentence.
+    """
+    key = None if kinds else _signature(model, x)
+    if key is not None and key in _kept:
+        _kept.move_to_end(key)
+        return _kept[key]
+    chain = _read(model, x, kinds or {})
+    if key is not None:
+        _kept[key] = chain
+        while len(_kept) > MOST:
+            _kept.popitem(last=False)
+    return chain
+
+
+def _read(model: nn.Module, x: Tensor, kinds: dict[str, Callable[[fx.Node], Node]]) -> Chain:
+    traced = trace(_OneTensor(model), x)
+    prefix = "net."
+    traced.parameters = {
+        place: name.removeprefix(prefix) for place, name in traced.parameters.items()
+    }
+    traced.buffers = {place: name.removeprefix(prefix) for place, name in traced.buffers.items()}
+    if not kinds:
+        fuse_rms_norm(traced.graph)
+        fuse_elementwise(traced.graph)
+        push_selections(traced.graph)
+    lowering = Lowering(traced, kinds)
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and not _opened(node):
+            lowering.lower(node)
+    numbers = {name: t[None] for name, t in lowering.numbers.items()}
+    constants = {f"%{place}": t[None] for place, t in traced.constants.items()}
+    read = {name for step in lowering.steps for name in step.inputs}
+    return Chain(
+        steps=tuple(lowering.steps),
+        input=f"%{traced.input}",
+        output=lowering.name(traced.output),
+        constants=numbers | constants,
+        parameters=frozenset(read & set(traced.parameters.values())),
+        casts=tuple(traced.casts),
+    )
+
+
+def _opened(node: fx.Node) -> bool:
+    """An operator with several outputs: each is lowered where it is read."""
+    return isinstance(node.meta["val"], tuple | list)
+
+
+# --- chains that were read before
+# ---------------------------------------------------------------------
+
+_kept: OrderedDict[tuple, Chain] = OrderedDict()
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _signature(model: nn.Module, x: Tensor) -> tuple | None:
+    """What a chain depends on but for the values of parameters and buffers; None where that cannot
+    be said."""
+    parts: list = [
+        tuple(x.shape[1:]),
+        x.dtype.is_floating_point,
+        x.dtype if not x.is_floating_point() else None,
+    ]
+    seen: dict[int, int] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = {
+            k: v for k, v in vars(module).items() if not k.startswith("_") or k.endswith("_hooks")
+        }
+        plain = []
+        for key, value in sorted(own.items()):
+            described = _described(value)
+            if described is None:
+                return None
+            plain.append((key, described))
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        shapes = tuple(
+            (k, t if t is None else (tuple(t.shape), seen.setdefault(id(t), len(seen))))
+            for k, t in tensors
+        )
+        parts.append((name, type(module), type(module).forward, tuple(plain), shapes))
+    return tuple(parts)
+
+
+def _described(value: object) -> object:
+    """A hashable description of an attribute, or None where it has none that is sure."""
+    if isinstance(value, _PLAIN):
+        return (type(value).__name__, value)
+    if isinstance(value, tuple | list):
+        parts = [_described(v) for v in value]
+        return None if None in parts else (type(value).__name__, tuple(parts))
+    if isinstance(value, dict):
+        parts = [(_described(k), _described(v)) for k, v in value.items()]
+        return None if any(None in pair for pair in parts) else ("dict", tuple(parts))
+    frozen = getattr(type(value), "__dataclass_params__", None)
+    if frozen is not None and frozen.frozen:
+        fields = [(name, _described(v)) for name, v in vars(value).items()]
+        return None if any(v is None for _, v in fields) else (type(value), tuple(fields))
+    if callable(value) and getattr(value, "__module__", "").startswith("torch"):
+        return ("torch", value.__qualname__) if hasattr(value, "__qualname__") else None
+    return None

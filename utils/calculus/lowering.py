@@ -1,0 +1,461 @@
+"""Which nodes an operator of the graph becomes: the one table to add a line to for a new kind of
+node.
+
+Each function takes the chain under construction and an fx node, and adds the steps that compute it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from utils.calculus.nodes import elementwise
+from utils.calculus.nodes.base import Node
+from utils.calculus.nodes.elementwise import Elementwise
+from utils.calculus.nodes.general import LinearOperator, Operator
+from utils.calculus.nodes.products import Linear, Matmul, Product
+from utils.calculus.nodes.rows import Normalisation, Softmax
+from utils.calculus.nodes.shape import (
+    Combination,
+    Concatenation,
+    Expand,
+    Lookup,
+    Mask,
+    Patches,
+    Permute,
+    Reshape,
+    Select,
+    Sum,
+)
+from utils.calculus.rewrite import FUNCTIONS, Composite
+from utils.calculus.trace import Trace, operator_name, place, shape_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """output = node(inputs), values by name; `place` is the operator and its module, for
+    messages."""
+
+    node: Node
+    inputs: tuple[str, ...]
+    output: str
+    place: str
+
+
+@dataclass
+class Lowering:
+    """Steps as they are made, with the constants that they read beside parameters and buffers."""
+
+    trace: Trace
+    kinds: dict[str, Callable[[fx.Node], Node]]
+    steps: list[Step] = field(default_factory=list)
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+
+    def name(self, value: fx.Node | str | float) -> str:
+        """The name of a value in the chain: a parameter's own, "%" and the fx node's for all
+        else."""
+        if isinstance(value, str):
+            return value
+        if isinstance(value, fx.Node):
+            named = self.trace.parameters | self.trace.buffers
+            return named.get(value.name, f"%{value.name}")
+        name = f"number {value}"
+        self.numbers[name] = torch.as_tensor(value)
+        return name
+
+    def add(self, node: Node, inputs: list, output: fx.Node | str, source: fx.Node) -> str:
+        """Append a step; returns the name of its output."""
+        name = self.name(output)
+        names = tuple(self.name(value) for value in inputs)
+        self.steps.append(Step(node, names, name, place(source)))
+        return name
+
+    def lower(self, node: fx.Node) -> None:
+        """Append the steps of one operator."""
+        name = operator_name(node) if not isinstance(node.target, Composite) else "composite"
+        if name in self.kinds:
+            self.add(self.kinds[name](node), node.all_input_nodes, node, node)
+        elif name in OPERATORS and OPERATORS[name](self, node):
+            pass
+        elif isinstance(node.target, Composite) or name in FUNCTIONS:
+            elementwise_of(self, node)
+        else:
+            operator_of(self, node)
+
+
+# Each returns whether it could: an operator with arguments that it does not know goes to
+# `operator_of`.
+
+
+def reshape(chain: Lowering, node: fx.Node) -> bool:
+    x = node.args[0]
+    if shape_of(x) == shape_of(node) and not x.meta["val"].is_floating_point():
+        return False  # a change of type, perhaps
+    if not node.meta["val"].is_floating_point() or not x.meta["val"].is_floating_point():
+        return False
+    chain.add(Reshape(shape_of(x), shape_of(node)), [x], node, node)
+    return True
+
+
+def transpose(chain: Lowering, node: fx.Node) -> bool:
+    order = list(range(len(shape_of(node))))
+    i, j = (axis % len(order) for axis in node.args[1:])
+    order[i], order[j] = order[j], order[i]
+    chain.add(Permute(order), [node.args[0]], node, node)
+    return True
+
+
+def permute(chain: Lowering, node: fx.Node) -> bool:
+    order = [axis % len(shape_of(node)) for axis in node.args[1]]
+    chain.add(Permute(order), [node.args[0]], node, node)
+    return True
+
+
+def turned(chain: Lowering, node: fx.Node) -> bool:
+    chain.add(Permute(range(len(shape_of(node)))[::-1]), [node.args[0]], node, node)
+    return True
+
+
+def expand(chain: Lowering, node: fx.Node) -> bool:
+    chain.add(Expand(shape_of(node.args[0]), shape_of(node)), [node.args[0]], node, node)
+    return True
+
+
+def select(chain: Lowering, node: fx.Node) -> bool:
+    x, axis, index = node.args
+    inner = shape_of(x)
+    chain.add(Select(inner, axis % len(inner), index), [x], node, node)
+    return True
+
+
+def narrow(chain: Lowering, node: fx.Node) -> bool:
+    x, axis, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    inner = shape_of(x)
+    if shape_of(node) == inner:
+        chain.add(Reshape(inner, inner), [x], node, node)
+    else:
+        chain.add(Select(inner, axis % len(inner), slice(start, end, step)), [x], node, node)
+    return True
+
+
+def concatenation(chain: Lowering, node: fx.Node) -> bool:
+    parts, axis = (*node.args, 0)[:2]
+    shapes = [shape_of(part) for part in parts]
+    chain.add(Concatenation(axis % len(shape_of(node)), shapes), list(parts), node, node)
+    return True
+
+
+def part_of(chain: Lowering, node: fx.Node) -> bool:
+    """One of several outputs: of split, chunk and unbind a selection, otherwise the operator for
+    this output."""
+    whole, i = node.args
+    x = whole.args[0]
+    inner = shape_of(x)
+    name = operator_name(whole)
+    if name == "unbind":
+        axis = (*whole.args[1:], whole.kwargs.get("dim", 0))[0] % len(inner)
+        chain.add(Select(inner, axis, i), [x], node, node)
+    elif name in ("split", "split_with_sizes", "chunk"):
+        axis = (*whole.args[2:], whole.kwargs.get("dim", 0))[0] % len(inner)
+        start = sum(value.shape[axis] for value in whole.meta["val"][:i])
+        chosen = slice(start, start + shape_of(node)[axis])
+        chain.add(Select(inner, axis, chosen), [x], node, node)
+    else:
+        function = of_tensors(whole)
+        output = Operator(lambda *t: function(*t)[i], place(whole))
+        chain.add(output, whole.all_input_nodes, node, whole)
+    return True
+
+
+def total(chain: Lowering, node: fx.Node) -> bool:
+    inner = shape_of(node.args[0])
+    axes = list(node.args[1]) if len(node.args) > 1 and node.args[1] is not None else []
+    axes = [axis % len(inner) for axis in axes] or list(range(len(inner)))
+    keepdim = len(node.args) > 2 and node.args[2]
+    if not node.args[0].meta["val"].is_floating_point():
+        return False
+    count = math.prod(inner[axis] for axis in axes)
+    scale = 1 / count if operator_name(node) == "mean" else 1.0
+    chain.add(Sum(inner, axes, keepdim, scale), [node.args[0]], node, node)
+    return True
+
+
+def combination(chain: Lowering, node: fx.Node) -> bool:
+    """add, sub, neg, and multiplication or division by a number."""
+    name = operator_name(node)
+    shape = shape_of(node)
+    if not node.meta["val"].is_floating_point():
+        return False
+    if name == "neg":
+        terms, factors = [node.args[0]], [-1.0]
+    elif name in ("add", "sub"):
+        alpha = node.kwargs.get("alpha", 1)
+        terms, factors = list(node.args[:2]), [1.0, alpha if name == "add" else -alpha]
+    elif name == "mul":
+        numbers = [a for a in node.args if not isinstance(a, fx.Node)]
+        if not numbers:
+            shapes = [shape_of(a) for a in node.args]
+            chain.add(Product(shape, shapes), list(node.args), node, node)
+            return True
+        terms, factors = node.all_input_nodes, numbers
+    else:  # div
+        if isinstance(node.args[1], fx.Node) or node.kwargs.get("rounding_mode"):
+            return False
+        terms, factors = [node.args[0]], [1 / node.args[1]]
+    shapes = [shape_of(term) for term in terms]
+    chain.add(Combination(shape, shapes, factors), terms, node, node)
+    return True
+
+
+def linear(chain: Lowering, node: fx.Node) -> bool:
+    shapes = [shape_of(a) for a in node.args]
+    if len(shapes[0]) < 2:
+        return False
+    chain.add(Linear(shape_of(node), shapes), list(node.args), node, node)
+    return True
+
+
+def addmm(chain: Lowering, node: fx.Node) -> bool:
+    bias, x, W = node.args
+    if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+        return False
+    inputs = [x, W, bias]
+    shapes = [shape_of(a) for a in inputs]
+    chain.add(Linear(shape_of(node), shapes, turned=True), inputs, node, node)
+    return True
+
+
+def matmul(chain: Lowering, node: fx.Node) -> bool:
+    shapes = [shape_of(a) for a in node.args]
+    if min(map(len, shapes)) < 2:
+        return False
+    kind = (
+        Linear(shape_of(node), shapes, turned=True)
+        if len(shapes[1]) == 2
+        else Matmul(shape_of(node), shapes)
+    )
+    chain.add(kind, list(node.args), node, node)
+    return True
+
+
+def convolution(chain: Lowering, node: fx.Node) -> bool:
+    """The patches that the kernel reads, then `Linear` on every place."""
+    x, W, bias, stride, padding, dilation, groups = (
+        *node.args,
+        *(None, [1, 1], [0, 0], [1, 1], 1)[len(node.args) - 2 :],
+    )
+    if groups != 1 or isinstance(padding, str):
+        return False
+    shape = shape_of(node)
+    channels, *kernel = shape_of(W)
+    size = math.prod(kernel)
+    places = math.prod(shape[2:])
+    name = chain.name(node)
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    patches = chain.add(Patches(shape_of(x), kernel[1:], **options), [x], f"{name}.patches", node)
+    weight = chain.add(Reshape(shape_of(W), (channels, size)), [W], f"{name}.weight", node)
+    inputs = [patches, weight] + ([bias] if bias is not None else [])
+    shapes = [(1, places, size), (channels, size), (channels,)][: len(inputs)]
+    out = chain.add(Linear((1, places, channels), shapes), inputs, f"{name}.linear", node)
+    out = chain.add(Permute((0, 2, 1)), [out], f"{name}.turned", node)
+    chain.add(Reshape((1, channels, places), shape), [out], node, node)
+    return True
+
+
+def embedding(chain: Lowering, node: fx.Node) -> bool:
+    W, index, padding = (*node.args[:3], -1)[:3]
+    if node.args[4:5] == (True,) or len(shape_of(index)) == 0:
+        return False
+    chain.add(Lookup(shape_of(W)[0], padding), [W, index], node, node)
+    return True
+
+
+def softmax(chain: Lowering, node: fx.Node) -> bool:
+    chain.add(Softmax(node.args[1]), [node.args[0]], node, node)
+    return True
+
+
+def layer_norm(chain: Lowering, node: fx.Node) -> bool:
+    x, axes, gain, bias, eps = (*node.args[:5], *(None, None, 1e-5)[max(0, len(node.args) - 2) :])[
+        :5
+    ]
+    _normalisation(chain, node, x, Normalisation(eps, len(axes)), gain, bias)
+    return True
+
+
+def rms_norm(chain: Lowering, node: fx.Node) -> bool:
+    x, axes, gain, eps = (*node.args, *(None, None)[len(node.args) - 2 :])
+    if eps is None:
+        return False
+    _normalisation(chain, node, x, Normalisation(eps, len(axes), centred=False), gain, None)
+    return True
+
+
+def _normalisation(chain: Lowering, node: fx.Node, x: fx.Node, kind: Node, gain, bias) -> None:
+    if gain is None:
+        chain.add(kind, [x], node, node)
+        return
+    n = chain.add(kind, [x], f"{chain.name(node)}.n", node)
+    shape = shape_of(node)
+    inputs = [n, gain] + ([bias] if bias is not None else [])
+    shapes = [shape] + [shape_of(a) for a in inputs[1:]]
+    chain.add(Product(shape, shapes), inputs, node, node)
+
+
+def group_norm(chain: Lowering, node: fx.Node) -> bool:
+    x, groups, gain, bias, eps = (
+        *node.args[:5],
+        *(None, None, 1e-5)[max(0, len(node.args) - 2) :],
+    )[:5]
+    shape = shape_of(x)
+    name = chain.name(node)
+    rows = (shape[0], groups, math.prod(shape[1:]) // groups)
+    split = chain.add(Reshape(shape, rows), [x], f"{name}.rows", node)
+    n = chain.add(Normalisation(eps), [split], f"{name}.n", node)
+    if gain is None:
+        chain.add(Reshape(rows, shape), [n], node, node)
+        return True
+    joined = chain.add(Reshape(rows, shape), [n], f"{name}.joined", node)
+    column = (shape[1], *[1] * (len(shape) - 2))
+    inputs = [joined]
+    for label, parameter in (("gain", gain), ("bias", bias)):
+        if parameter is not None:
+            inputs.append(
+                chain.add(
+                    Reshape(shape_of(parameter), column), [parameter], f"{name}.{label}", node
+                )
+            )
+    chain.add(Product(shape, [shape, column, column][: len(inputs)]), inputs, node, node)
+    return True
+
+
+def masked_fill(chain: Lowering, node: fx.Node) -> bool:
+    x, mask, value = node.args
+    if isinstance(value, fx.Node):
+        return False
+    chain.add(Mask(shape_of(node), float(value), keep=False), [x, mask], node, node)
+    return True
+
+
+def attention(chain: Lowering, node: fx.Node) -> bool:
+    """Scores, mask, softmax, mixing."""
+    q, k, v, mask, dropout, causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])[:6]
+    mask = node.kwargs.get("attn_mask", mask)
+    causal = node.kwargs.get("is_causal", causal)
+    if dropout or node.kwargs.get("dropout_p") or node.kwargs.get("enable_gqa"):
+        return False
+    name = chain.name(node)
+    of_q, of_k, of_v = (shape_of(t) for t in (q, k, v))
+    scale = node.kwargs.get("scale") or 1 / math.sqrt(of_q[-1])
+    rank = len(of_k)
+    keys = (*of_k[:-2], of_k[-1], of_k[-2])
+    scores = (*shape_of(node)[:-1], of_k[-2])
+    k = chain.add(Permute((*range(rank - 2), rank - 1, rank - 2)), [k], f"{name}.keys", node)
+    q = chain.add(Combination(of_q, [of_q], [scale]), [q], f"{name}.queries", node)
+    T = chain.add(Matmul(scores, [of_q, keys]), [q, k], f"{name}.scores", node)
+    if causal:
+        mask = f"{name}.causal"
+        chain.numbers[mask] = torch.ones(scores[-2:], dtype=torch.bool).tril()
+        T = chain.add(Mask(scores, -math.inf), [T, mask], f"{name}.masked", node)
+    elif mask is not None and mask.meta["val"].dtype == torch.bool:
+        T = chain.add(Mask(scores, -math.inf), [T, mask], f"{name}.masked", node)
+    elif mask is not None:
+        both = Combination(scores, [scores, shape_of(mask)], [1.0, 1.0])
+        T = chain.add(both, [T, mask], f"{name}.masked", node)
+    A = chain.add(Softmax(-1), [T], f"{name}.rows", node)
+    chain.add(Matmul(shape_of(node), [scores, of_v]), [A, v], node, node)
+    return True
+
+
+OPERATORS: dict[str, Callable[[Lowering, fx.Node], bool]] = {
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), reshape
+    ),
+    **dict.fromkeys(
+        ("contiguous", "clone", "alias", "lift_fresh_copy", "to", "_to_copy", "dropout"), reshape
+    ),
+    **dict.fromkeys(("view_as", "type_as", "_reshape_copy"), reshape),
+    "transpose": transpose,
+    "permute": permute,
+    "t": turned,
+    "expand": expand,
+    "select": select,
+    "slice": narrow,
+    "cat": concatenation,
+    "getitem": part_of,
+    "mean": total,
+    "sum": total,
+    **dict.fromkeys(("add", "sub", "neg", "mul", "div"), combination),
+    "linear": linear,
+    "addmm": addmm,
+    **dict.fromkeys(("matmul", "bmm", "mm"), matmul),
+    "conv2d": convolution,
+    "embedding": embedding,
+    **dict.fromkeys(("softmax", "_softmax"), softmax),
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "group_norm": group_norm,
+    "masked_fill": masked_fill,
+    "scaled_dot_product_attention": attention,
+}
+
+
+DERIVATIVES = {
+    "gelu": elementwise.gelu,
+    "gelu_tanh": elementwise.gelu_tanh,
+    "relu": elementwise.relu,
+}
+
+
+LINEAR = frozenset(
+    """
+    index gather index_select repeat roll flip constant_pad_nd pad cumsum diagonal tril triu
+    repeat_interleave select_scatter slice_scatter avg_pool2d movedim unfold im2col
+    """.split()
+)
+
+
+def elementwise_of(chain: Lowering, node: fx.Node) -> None:
+    """A function entry by entry; of GELU and ReLU the derivatives are known."""
+    inputs = node.all_input_nodes
+    name = operator_name(node) if not isinstance(node.target, Composite) else "composite"
+    if node.kwargs.get("approximate") == "tanh":
+        name = "gelu_tanh"
+    shapes = [shape_of(a) for a in inputs]
+    chain.add(
+        Elementwise(of_tensors(node), shape_of(node), shapes, DERIVATIVES.get(name)),
+        inputs,
+        node,
+        node,
+    )
+
+
+def operator_of(chain: Lowering, node: fx.Node) -> None:
+    """Anything else; of one real tensor and constant indices, perhaps a linear map."""
+    inputs = node.all_input_nodes
+    real = [a for a in inputs if a.meta["val"].is_floating_point()]
+    linear = operator_name(node) in LINEAR and len(real) == 1
+    kind = LinearOperator if linear else Operator
+    chain.add(kind(of_tensors(node), place(node)), inputs, node, node)
+
+
+def of_tensors(node: fx.Node) -> Callable[..., Tensor]:
+    """The operator of an fx node as a function of its tensor arguments alone."""
+    leaves, spec = tree_flatten((node.args, node.kwargs))
+    inputs = node.all_input_nodes
+    places = [(i, inputs.index(a)) for i, a in enumerate(leaves) if isinstance(a, fx.Node)]
+    target = node.target
+
+    def call(*tensors: Tensor) -> Tensor:
+        full = list(leaves)
+        for i, j in places:
+            full[i] = tensors[j]
+        args, kwargs = tree_unflatten(full, spec)
+        return target(*args, **kwargs)
+
+    return call

@@ -1,0 +1,116 @@
+"""Whatever torch can differentiate: an operator that has no node of its own. Exact, slower, without
+bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from utils.calculus.nodes.arrays import per_example
+from utils.calculus.nodes.base import Form, Node, Parts, Unknown
+
+
+class Operator(Node):
+    """One example's function of tensors, by jvp and vjp of itself under vmap.
+
+    An operator without forward mode: D phi [dz] and the form are gradients of <vjp(lam), dz>, in
+    lam and in z. name: which operator of which module, for the sentence of a bound that does not
+    apply.
+    """
+
+    def __init__(self, function: Callable, name: str):
+        self.function = function
+        self.name = name
+
+    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+        return per_example(self.function, z), z
+
+    def tangent(self, saved: tuple, dz: Parts) -> Tensor | None:
+        def forward(f: Callable, here: tuple, along: tuple) -> Tensor:
+            return jvp(f, here, along)[1]
+
+        def reverse(f: Callable, here: tuple, along: tuple) -> Tensor:
+            out, back = vjp(f, *here)
+            return vjp(back, torch.zeros_like(out))[1](along)[0]
+
+        moving = [t is not None for t in dz]
+        if not any(moving):
+            return None
+        return self._either(saved, moving, forward, reverse, tuple(t for t in dz if t is not None))
+
+    def adjoint(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+        parts = self._each(saved, wanted, lambda f, here, lam: vjp(f, *here)[1](lam), lam)
+        return self._placed(parts, wanted)
+
+    def second_order(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+        def forward(f: Callable, here: tuple, lam: Tensor, along: tuple) -> tuple:
+            return jvp(lambda *w: vjp(f, *w)[1](lam), here, along)[1]
+
+        def reverse(f: Callable, here: tuple, lam: Tensor, along: tuple) -> tuple:
+            return vjp(lambda *w: vjp(f, *w)[1](lam), *here)[1](along)  # the form is symmetric
+
+        def form(dz: Parts, dout: Tensor | None) -> Parts:
+            moving = [(t, d) for t, d, want in zip(saved, dz, wanted, strict=True) if want]
+            lead = max((len(d) for _, d in moving if d is not None), default=0)
+            if not lead:
+                return (None,) * len(dz)
+            along = tuple(t.new_zeros(lead, *t.shape[1:]) if d is None else d for t, d in moving)
+            return self._placed(self._either(saved, wanted, forward, reverse, lam, along), wanted)
+
+        return form
+
+    def majorant(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+        raise Unknown(
+            f"{self.name} has no bound: use the certified norm, which applies to any network."
+        )
+
+    @staticmethod
+    def _placed(parts: tuple, wanted: tuple[int, ...]) -> Parts:
+        parts = iter(parts)
+        return tuple(next(parts) if want else None for want in wanted)
+
+    def _each(self, z: tuple, moving: tuple, function: Callable, *rest: object) -> object:
+        """function(f, the moving values, *rest) for each example, f the operator as a function of
+        what moves."""
+        who = [i for i, move in enumerate(moving) if move]
+
+        def one(values: tuple, *rest: object) -> object:
+            def f(*arguments: Tensor) -> Tensor:
+                full = list(values)
+                for i, t in zip(who, arguments, strict=True):
+                    full[i] = t
+                return self.function(*full)
+
+            return function(f, tuple(values[i] for i in who), *rest)
+
+        tensors = [t for part in rest for t in (part if isinstance(part, tuple) else (part,))]
+        lead = max(len(t) for t in (*z, *tensors))
+        rest = tuple(
+            tuple(t.expand(lead, *t.shape[1:]) for t in part)
+            if isinstance(part, tuple)
+            else part.expand(lead, *part.shape[1:])
+            for part in rest
+        )
+        axes = tuple(None if len(t) == 1 else 0 for t in z)
+        values = tuple(t[0] if len(t) == 1 else t for t in z)
+        return vmap(one, (axes, *[0] * len(rest)))(values, *rest)
+
+    def _either(self, z: tuple, moving: tuple, forward: Callable, reverse: Callable, *rest: object):
+        try:
+            return self._each(z, moving, forward, *rest)
+        except NotImplementedError:  # no forward mode
+            return self._each(z, moving, reverse, *rest)
+
+
+class LinearOperator(Operator):
+    """An operator that is linear in its one input that can move: selections by constant indices,
+    rolls, pads."""
+
+    def second_order(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> None:
+        return None
+
+    def majorant(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> None:
+        return None

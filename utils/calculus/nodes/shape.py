@@ -1,0 +1,263 @@
+"""Linear maps of values: views, selections, copies, sums. Exact in every order: D^2 phi = 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.calculus.nodes.arrays import aligned, plus, sum_to
+from utils.calculus.nodes.base import Node, Parts
+
+
+class LinearMap(Node):
+    """A linear map A of one input. Subclasses give `apply` = A and `transpose` = A^T, both on
+    arrays (n, ...)."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def transpose(self, lam: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+        return self.apply(z[0]), None
+
+    def tangent(self, saved: object, dz: Parts) -> Tensor | None:
+        return None if dz[0] is None else self.apply(dz[0])
+
+    def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+        return (self.transpose(lam),)
+
+    def second_order(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
+        return None
+
+    def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
+        return None
+
+
+class Reshape(LinearMap):
+    """The same numbers in another shape: an isometry."""
+
+    def __init__(self, inner: Sequence[int], outer: Sequence[int]):
+        self.inner = tuple(inner)
+        self.outer = tuple(outer)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], *self.outer)
+
+    def transpose(self, lam: Tensor) -> Tensor:
+        return lam.reshape(lam.shape[0], *self.inner)
+
+
+class Permute(LinearMap):
+    """The same numbers with the axes in another order: an isometry."""
+
+    def __init__(self, order: Sequence[int]):
+        self.order = tuple(order)
+        self.back = tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x.permute(0, *(axis + 1 for axis in self.order))
+
+    def transpose(self, lam: Tensor) -> Tensor:
+        return lam.permute(0, *(axis + 1 for axis in self.back))
+
+
+class Select(LinearMap):
+    """A part of the entries along one axis: a selection, of norm at most 1. An integer drops the
+    axis."""
+
+    def __init__(self, inner: Sequence[int], axis: int, part: int | slice):
+        self.inner = tuple(inner)
+        self.index = (slice(None),) * (axis + 1) + (part,)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x[self.index]
+
+    def transpose(self, lam: Tensor) -> Tensor:
+        out = lam.new_zeros(lam.shape[0], *self.inner)
+        out[self.index] = lam
+        return out
+
+
+class Expand(LinearMap):
+    """Copies along new axes and axes of length 1, `copies` of every number: of norm
+    sqrt(copies)."""
+
+    def __init__(self, inner: Sequence[int], outer: Sequence[int]):
+        self.inner = tuple(inner)
+        self.outer = tuple(outer)
+        self.copies = math.prod(self.outer) / max(1, math.prod(self.inner))
+
+    def apply(self, x: Tensor) -> Tensor:
+        return aligned(x, len(self.outer)).expand(-1, *self.outer)
+
+    def transpose(self, lam: Tensor) -> Tensor:
+        return sum_to(lam, self.inner)
+
+
+class Sum(LinearMap):
+    """scale times the sum over some axes (a mean has scale 1/count): of norm scale sqrt(count)."""
+
+    def __init__(self, inner: Sequence[int], axes: Sequence[int], keepdim: bool, scale: float):
+        self.inner = tuple(inner)
+        self.axes = tuple(axis + 1 for axis in axes)
+        self.keepdim = keepdim
+        self.scale = scale
+        self.count = math.prod(self.inner[axis] for axis in axes)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.scale * x.sum(self.axes, keepdim=self.keepdim)
+
+    def transpose(self, lam: Tensor) -> Tensor:
+        if not self.keepdim:
+            for axis in sorted(self.axes):
+                lam = lam.unsqueeze(axis)
+        return (self.scale * lam).expand(-1, *self.inner)
+
+
+class Mask(LinearMap):
+    """x where `keep` is true, a number elsewhere: the second input is a constant boolean array."""
+
+    def __init__(self, shape: Sequence[int], value: float, keep: bool = True):
+        self.shape = tuple(shape)
+        self.value = value
+        self.keep = keep
+
+    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+        x, mask = z
+        kept = aligned(mask if self.keep else ~mask, len(self.shape))
+        x = aligned(x, len(self.shape))
+        return torch.where(kept, x, self.value), (kept, x.shape[1:])
+
+    def tangent(self, saved: object, dz: Parts) -> Tensor | None:
+        kept, _ = saved
+        return None if dz[0] is None else torch.where(kept, aligned(dz[0], len(self.shape)), 0.0)
+
+    def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+        kept, inner = saved
+        return sum_to(torch.where(kept, lam, 0.0), inner), None
+
+
+class Patches(LinearMap):
+    """Images (n, 1, C, S, S') -> the patches that a convolution reads, (n, 1, places, C k k')."""
+
+    def __init__(self, inner: Sequence[int], kernel: Sequence[int], **options: object):
+        self.inner = tuple(inner)
+        self.kernel = tuple(kernel)
+        self.options = options
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.unfold(x[:, 0], self.kernel, **self.options).mT[:, None]
+
+    def transpose(self, lam: Tensor) -> Tensor:
+        return F.fold(lam[:, 0].mT, self.inner[2:], self.kernel, **self.options)[:, None]
+
+
+class Lookup(LinearMap):
+    """Rows of a table (rows, d) by constant indices; the row `padding` takes no gradient, as in
+    torch."""
+
+    def __init__(self, rows: int, padding: int = -1):
+        self.rows = rows
+        self.padding = padding
+
+    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+        table, index = z
+        return table[0][index], index
+
+    def tangent(self, saved: Tensor, dz: Parts) -> Tensor | None:
+        table = dz[0]
+        if table is None:
+            return None
+        lead = max(len(table), len(saved))
+        flat = saved.flatten(1).expand(lead, -1)
+        table = table.expand(lead, -1, -1)
+        rows = table.gather(1, flat[..., None].expand(-1, -1, table.shape[-1]))
+        return self._padded(rows, flat).reshape(lead, *saved.shape[1:], -1)
+
+    def adjoint(self, saved: Tensor, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+        flat = saved.flatten(1).expand(len(lam), -1)
+        rows = self._padded(lam.reshape(len(lam), flat.shape[1], -1), flat)
+        if wanted[0] == 2:
+            out = lam.new_zeros(self.rows, lam.shape[-1])
+            return out.index_add_(0, flat.flatten(), rows.flatten(0, 1))[None], None
+        out = lam.new_zeros(len(lam), self.rows, lam.shape[-1])
+        return out.scatter_add_(1, flat[..., None].expand(-1, -1, lam.shape[-1]), rows), None
+
+    def _padded(self, rows: Tensor, flat: Tensor) -> Tensor:
+        return rows if self.padding < 0 else rows * (flat != self.padding)[..., None]
+
+
+class Combination(Node):
+    """sum_k c_k x_k, broadcast to one shape: additions, subtractions, numbers as factors."""
+
+    def __init__(
+        self, shape: Sequence[int], inner: Sequence[Sequence[int]], factors: Sequence[float]
+    ):
+        self.shape = tuple(shape)
+        self.inner = [tuple(s) for s in inner]
+        self.factors = tuple(factors)
+
+    def _sum(self, terms: Parts) -> Tensor | None:
+        total = None
+        for factor, term in zip(self.factors, terms, strict=True):
+            if term is not None:
+                term = aligned(term, len(self.shape))
+                total = plus(total, term if factor == 1 else factor * term)
+        return None if total is None else total.expand(-1, *self.shape)
+
+    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+        return self._sum(z), None
+
+    def tangent(self, saved: object, dz: Parts) -> Tensor | None:
+        return self._sum(dz)
+
+    def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+        parts = []
+        for factor, inner, want in zip(self.factors, self.inner, wanted, strict=True):
+            part = lam if factor == 1 else factor * lam
+            parts.append(sum_to(part, inner) if want else None)
+        return tuple(parts)
+
+    def second_order(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
+        return None
+
+    def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
+        return None
+
+
+class Concatenation(Node):
+    """The inputs one after the other along an axis."""
+
+    def __init__(self, axis: int, inner: Sequence[Sequence[int]]):
+        self.axis = axis + 1
+        self.inner = [tuple(s) for s in inner]
+
+    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+        lead = max(t.shape[0] for t in z)
+        return torch.cat([t.expand(lead, *t.shape[1:]) for t in z], self.axis), None
+
+    def tangent(self, saved: object, dz: Parts) -> Tensor | None:
+        moving = [t for t in dz if t is not None]
+        if not moving:
+            return None
+        lead = max(t.shape[0] for t in moving)
+        pairs = zip(dz, self.inner, strict=True)
+        full = [
+            moving[0].new_zeros(lead, *s) if t is None else t.expand(lead, *s) for t, s in pairs
+        ]
+        return torch.cat(full, self.axis)
+
+    def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+        return lam.split([shape[self.axis - 1] for shape in self.inner], self.axis)
+
+    def second_order(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
+        return None
+
+    def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
+        return None

@@ -1,0 +1,244 @@
+"""One pass of a batch over a chain, with everything that products share: values, adjoints,
+second-order forms.
+
+Values and adjoints do not depend on the direction of a product: `Tape` computes them once, and each
+product costs one walk forward and one back, about two gradients. Source: Theorem (thm:adjoint),
+whose bilinear form u^T h v this is the gradient of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from utils.calculus.chain import Chain
+from utils.calculus.lowering import Step
+from utils.calculus.nodes.arrays import plus, scaled_by
+from utils.calculus.nodes.base import Form
+from utils.calculus.nodes.loss import LOSS_NODES
+
+Named = dict[str, Tensor]
+STEP = 8.0  # most that one balancing changes a weight of a coupling
+
+
+class Tape:
+    """Values, gradients and Hessian products of the losses of a batch.
+
+    chain    of the network, from `read_chain`
+    point    its parameters and buffers by name
+    x, y     inputs (n, ...), labels (n,) or (n, T), or targets of the output's shape for "mse"
+    loss     "cross_entropy" or "mse"
+    moving   names of the parameters that have tangents and gradients; all of them by default
+    sums     False: each example has its own direction (n, ...) and its own product; True: one
+             direction (...) for all, and products and gradients are summed over the examples
+    weights  of the examples' losses (n,) in gradients and products; ones by default
+
+    After construction: losses (n,); values, saved, wanted by name of a step's output, for the
+    bounds' walks.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        point: Named,
+        x: Tensor,
+        y: Tensor,
+        loss: str = "cross_entropy",
+        moving: Iterable[str] | None = None,
+        sums: bool = False,
+        weights: Tensor | None = None,
+    ):
+        self.chain = chain
+        self.moving = tuple(point) if moving is None else tuple(moving)
+        self.sums = sums
+        self.weights = weights
+        self.head = Step(LOSS_NODES[loss](y), (chain.output,), "loss", f"{loss} of the output")
+        self.steps = [*chain.steps, self.head]
+        self.values: Named = self._constants(point, x)
+        self.saved: dict[str, object] = {}
+        self.wanted: dict[str, tuple[int, ...]] = {}
+        self.sigma: Named = {}
+        self._forms: dict[str, Form | None] | None = None
+        self._majorants: dict[str, Form | None] | None = None
+        self._forward(next(iter(point.values())).dtype)
+        self.losses = self.values["loss"]
+        ones = torch.ones_like(self.losses) if weights is None else weights
+        self.adjoints = self._back({"loss": ones}, self.steps)
+
+    def _constants(self, point: Named, x: Tensor) -> Named:
+        like = next(iter(point.values()))
+        values = {name: t[None] for name, t in point.items()}
+        for name, t in self.chain.constants.items():
+            real = t.is_floating_point() or (name.startswith("number ") and t.dtype != torch.bool)
+            values[name] = t.to(like) if real else t.to(like.device)
+        values[self.chain.input] = x[:, None]
+        return values
+
+    def _forward(self, dtype: torch.dtype) -> None:
+        alive = set(self.moving)
+        for step in self.steps:
+            value, saved = step.node.forward(*(self.values[name] for name in step.inputs))
+            if value.is_floating_point() and value.dtype != dtype:
+                value = value.to(dtype)
+            self.values[step.output] = value
+            moves = [name in alive for name in step.inputs]
+            if any(moves):
+                alive.add(step.output)
+                self.saved[step.output] = saved
+                self.wanted[step.output] = tuple(
+                    self._want(n) if m else 0 for n, m in zip(step.inputs, moves)
+                )
+        self.active = [step for step in self.steps if step.output in self.wanted]
+
+    def _want(self, name: str) -> int:
+        return 2 if self.sums and self.values[name].shape[0] == 1 else 1
+
+    def _back(
+        self,
+        found: Named,
+        steps: list[Step],
+        forms: dict[str, Form | None] | None = None,
+        tangents: Named | None = None,
+    ) -> Named:
+        """The walk back over `steps` from the adjoints in `found`; adds the forms of the
+        tangents."""
+        for step in reversed(steps):
+            wanted = self.wanted.get(step.output)
+            if wanted is None:
+                continue
+            lam = found.get(step.output)
+            if lam is not None:
+                parts = step.node.adjoint(self.saved[step.output], lam, wanted)
+                self._collect(found, step, parts, wanted)
+            form = None if forms is None else forms.get(step.output)
+            if form is not None:
+                dz = tuple(tangents.get(name) for name in step.inputs)
+                parts = form(dz, tangents.get(step.output))
+                self._collect(found, step, parts, wanted)
+        return found
+
+    @staticmethod
+    def _collect(found: Named, step: Step, parts: tuple, wanted: tuple[int, ...]) -> None:
+        for name, part, want in zip(step.inputs, parts, wanted, strict=True):
+            if want and part is not None:
+                if want == 2 and part.shape[0] > 1:
+                    part = part.sum(0, keepdim=True)
+                found[name] = plus(found.get(name), part)
+
+    def gradient(self) -> dict[str, Tensor | None]:
+        """Gradients by parameter, (n, ...) or summed (...); None where a parameter has no
+        influence."""
+        return self._by_parameter(self.adjoints)
+
+    def _by_parameter(self, found: Named) -> dict[str, Tensor | None]:
+        parts = {name: found.get(name) for name in self.moving}
+        if self.sums:
+            return {name: None if part is None else part[0] for name, part in parts.items()}
+        return parts
+
+    def tangents(self, direction: Named) -> Named:
+        """z' of every value by name, along tangents (n, ...), or one (...) for all, of the moving
+        parameters."""
+        found = {name: t[None] if self.sums else t for name, t in direction.items()}
+        for step in self.active[:-1]:
+            dz = tuple(found.get(name) for name in step.inputs)
+            if any(t is not None for t in dz):
+                moved = step.node.tangent(self.saved[step.output], dz)
+                if moved is not None:
+                    found[step.output] = moved
+        return found
+
+    def product(
+        self, direction: Named, part: str = "full", out: Named | None = None
+    ) -> dict[str, Tensor | None]:
+        """Hessian times direction by parameter, shapes as in `gradient`; None where it is zero.
+
+        direction: tangents by name, as in `tangents`. part: "full", "gauss_newton" (J^T S J, S the
+        Hessian of the loss in the output), "functional" (the rest), or "majorant": J^T S J plus the
+        majorants of all nodes, a matrix Q with -Q <= H <= Q. out: tensors by name, of the shapes of
+        `gradient`, that take the result, zeros included. Source: Theorem (thm:adjoint), Theorem
+        (thm:majorant).
+        """
+        tangents = self.tangents(direction)
+        forms = self.majorants() if part == "majorant" else self.forms()
+        start: Named = {}
+        if part != "functional" and forms["loss"] is not None:
+            top = forms["loss"]((tangents.get(self.chain.output),), None)[0]
+            if top is not None:
+                start = {self.chain.output: top}
+        inner = None if part == "gauss_newton" else forms
+        found = self._by_parameter(self._back(start, self.active[:-1], inner, tangents))
+        if out is None:
+            return found
+        for name, target in out.items():
+            if found.get(name) is None:
+                target.zero_()
+            else:
+                target.copy_(found[name])
+        return {name: out.get(name, found[name]) for name in self.moving}
+
+    def forms(self) -> dict[str, Form | None]:
+        """The second-order forms < lam, D^2 phi > of all steps that move, by name of their
+        output."""
+        if self._forms is None:
+            self._forms = {
+                step.output: step.node.second_order(
+                    self.saved[step.output], self.adjoints[step.output], self.wanted[step.output]
+                )
+                for step in self.active
+                if step.output in self.adjoints
+            }
+        return self._forms
+
+    def majorants(self) -> dict[str, Form | None]:
+        """The majorants of all steps that move, those of couplings weighed by sigma. Raises
+        `Unknown`."""
+        if self._majorants is None:
+            self._majorants = {
+                s.output: self._majorant(s) for s in self.active if s.output in self.adjoints
+            }
+        return self._majorants
+
+    def _majorant(self, step: Step) -> Form | None:
+        lam = self.adjoints[step.output]
+        form = step.node.majorant(self.saved[step.output], lam, self.wanted[step.output])
+        if form is None or not step.node.couples:
+            return form
+
+        def weighed(dz: tuple, dout: Tensor | None) -> tuple:
+            first, second, *rest = form(dz, dout)
+            sigma = self.sigma.get(step.output)
+            if sigma is not None and first is not None:
+                first = scaled_by(sigma, first)
+                second = scaled_by(1 / sigma, second)
+            return (first, second, *rest)
+
+        return weighed
+
+    def balance(self, direction: Named) -> None:
+        """Bring every coupling's sigma (n,) halfway to where its majorant is smallest along
+        `direction` (n, ...).
+
+        2 <x, C y> <= sigma <x, |C^T| x> + <y, |C| y> / sigma holds for every sigma > 0; at x, y it
+        is smallest at sigma^2 = <y, |C| y> / <x, |C^T| x>. The norm of Q is convex in the
+        logarithms of the sigmas, and at its top eigenvector this is a step of descent; the whole
+        step would swing between nearly equal eigenvalues. Where one side does not move along the
+        direction nothing is learned, and sigma stays. Source: Theorem (thm:majorant).
+        """
+        tangents = self.tangents(direction)
+        majorants = self.majorants()
+        for step in self.active[:-1]:
+            form = majorants.get(step.output)
+            if form is None or not step.node.couples:
+                continue
+            dz = tuple(tangents.get(name) for name in step.inputs)
+            if dz[0] is None or dz[1] is None:
+                continue
+            # sigma^2 <x, |C^T| x> / <y, |C| y> of the sigma so far
+            x, y = (
+                (t * part).flatten(1).sum(1).clamp_min(0) for t, part in zip(dz, form(dz, None))
+            )
+            change = (y / x).sqrt().sqrt().nan_to_num(nan=1.0).clamp(1 / STEP, STEP)
+            self.sigma[step.output] = change * self.sigma.get(step.output, torch.ones_like(change))
