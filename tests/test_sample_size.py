@@ -576,7 +576,7 @@ def test_worst_range_by_pairs(radius):
         assert np.ptp(row) <= parts["D"]
     if radius:
         linear, x, y = linear_pilot(6)
-        refused(lambda: worst_range(Losses(linear, x, y), radius, linear), "ViT")
+        assert 0 < worst_range(Losses(linear, x, y), radius, linear)["curvature"] < math.inf  # any module
 
 
 def test_worst_range_of_nearly_equal_gradients():
@@ -660,7 +660,7 @@ def test_step_verdicts_and_ceiling():
     ):
         assert found.verdict == "cannot tell" and found.upper == found.terms["ceiling"] == math.inf
         assert found.k < math.inf
-    refused(lambda: required_samples(linear, u, v, 1.0, radius=0.1, criterion="step"), "ViT")
+    assert required_samples(linear, u, v, 1.0, radius=0.1, criterion="step").k < math.inf
 
 
 def test_upper_end_of_the_step_holds_for_samples_not_in_the_pilot():

@@ -25,7 +25,7 @@ from scipy.optimize import OptimizeWarning, brentq, curve_fit
 from scipy.stats import beta, binom, spearmanr
 from torch import Tensor
 
-from utils import bounds, comparison
+from utils import bounds
 from utils.curvature import Losses, SampleHessians
 
 CAUTION = 2.0  # what a pilot's own kurtosis is multiplied by before it is held against the assumed one
@@ -292,10 +292,8 @@ def next_step(scores, confidence: float) -> float:
 
 
 def norms_on_ball(model, losses: Losses, radius: float, rung: str) -> Tensor:
-    """Bounds of M_i(R) = sup over the ball of ||H_i||, (n,): by a rung of `bounds.hessian_norm_bounds` that holds on
-    balls, or by "comparison" (small GELU networks, small radii). ValueError for networks that it does not know."""
-    if rung == "comparison":
-        return comparison.hessian_norm_on_ball(model, losses.x, losses.y, radius, losses.loss).values[:, 0]
+    """Bounds of M_i(R) = sup over the ball of ||H_i||, (n,), by a rung of `bounds.hessian_norm_bounds` that holds on
+    balls. ValueError for networks that it does not know."""
     return bounds.hessian_norm_bounds(model, losses.x, losses.y, losses.loss, rung, radius=radius).values.double()
 
 
@@ -408,7 +406,7 @@ def required_samples(
                         takes the place of the assumption. See `label_ceiling` and `bounds.loss_upper_bound`.
     rung                ball, excess, step: where the curvature on the ball comes from. None: the measured spread of
                         the Hessians at the centre, and `remainder` is what the caller knows of xi (step: prior).
-                        A rung of `bounds.hessian_norm_bounds`, or "comparison": M_i(R), see `norms_on_ball`.
+                        A rung of `bounds.hessian_norm_bounds`: M_i(R), see `norms_on_ball`.
     gap                 excess: how far above its minimum on the ball the training objective is left.
     Raises ValueError for an unknown criterion and for values out of range.
     """
