@@ -85,15 +85,13 @@ def exact_hessian(
                 for g, p in zip(first, point)
             ]
         )
-        rows = []
-        for entry in flat:
-            if not entry.requires_grad:
-                rows.append(torch.zeros(len(flat), dtype=F64))
-                continue
-            second = torch.autograd.grad(entry, point, retain_graph=True, allow_unused=True)
-            parts = [torch.zeros_like(p) if g is None else g for g, p in zip(second, point)]
-            rows.append(torch.cat([part.flatten() for part in parts]))
-    return torch.stack(rows).detach()
+        units = torch.eye(len(flat), dtype=F64)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        if any(isinstance(module, nn.Conv2d) for module in model.modules()):  # no rule for batches
+            rows = [torch.autograd.grad(flat, point, unit, **options) for unit in units]
+            return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).detach()
+        second = torch.autograd.grad(flat, point, units, is_grads_batched=True, **options)
+    return torch.cat([part.flatten(1) for part in second], 1).detach()
 
 
 def exact_norms(model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tensor:

@@ -26,7 +26,7 @@ from torch.func import jacfwd
 
 from utils.bounds import SLOPES, hessian_bounds, measured_norms
 from utils.bounds.subject import subject
-from utils.bounds.walk import known_values
+from utils.bounds.walk import known_values, still
 from utils.calculus.nodes.known import Known, Situation
 
 SLACK = 1 + 1e-9
@@ -37,7 +37,7 @@ def known(model, x, y, rung: str, radius: float = 0.0):
     """The chain, the model it is of, and what is known of every value of the first example."""
     of = subject(model, x, y, "cross_entropy")
     with torch.no_grad():
-        return of, known_values(of, ROWS, Situation(radius, rung == "activations"))
+        return of, known_values(of, ROWS, Situation(still(of), radius, rung == "activations"))
 
 
 def number(value) -> float:
@@ -262,3 +262,85 @@ def test_one_token_and_saturated_and_overflow():
         assert (hessian_bounds(deep, x, y, rung=rung).values == math.inf).all()
         assert (hessian_bounds(huge, x, y, rung=rung).values == math.inf).all()
     assert not hessian_bounds(deep, x, y).values.isnan().any()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e3])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_each_parameter_alone_large_or_zero(norm, factor):
+    """Catches a norm that reads the wrong weights, or forgets a bias or the column of ones."""
+    x, y = images(4, 1)
+    names = [name for name, _ in small_vit(0, norm=norm).named_parameters()]
+    for name in names:
+        model = small_vit(4, 0.7, norm=norm)
+        with torch.no_grad():
+            model.get_parameter(name).mul_(factor)
+            of, data = known(model, x, y, "activations")
+            _, prior = known(model, x, y, "prior")
+            values = chain_values(of.chain, model, flat_weights(model), x[0])
+            for value, t in values.items():
+                within(data[value], t)
+                within(prior[value], t)
+
+
+def test_long_token_is_the_worst_case_of_mixing():
+    """Tokens of very different length, and every query on the longest: where |O| <= ||W_V|| |X|
+    fails."""
+    d, heads = 8, 2
+    model = small_vit(0, 0.1, d_model=d, n_heads=heads, pool="mean", eps=1e-6)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        for norm in (model.norm, model.blocks[0].norm1, model.blocks[0].norm2):
+            norm.weight.fill_(1e-3)
+            norm.weight[0] = 1.0
+        model.pos[0, 0] = 50.0  # along coordinate 0, which the gain keeps
+        for t in range(1, len(model.pos)):
+            model.pos[t, t] = 50.0
+            model.pos[t, t + 1] = -50.0
+        attention = model.blocks[0].attention
+        for h in range(heads):
+            attention.query.bias[h * d // heads] = 30.0
+            attention.key.weight[h * d // heads, 0] = 30.0
+            attention.value.weight[h * d // heads, 0] = 1.0
+    x, y = images(0, 1)
+    of, prior = known(model, x, y, "prior")
+    _, data = known(model, x, y, "activations")
+    values = chain_values(of.chain, model, flat_weights(model), x[0])
+    mixed = next(s for s in of.chain.steps if "softmax" in s.inputs[0]).output
+    read = next(s for s in of.chain.steps if "attention.value.weight" in "".join(s.inputs)).inputs[
+        0
+    ]
+    tempting = max(map(norm2, attention.value.weight.detach().view(2, 4, 8)))
+    tempting *= norm2(values[read][0, 0])
+    size = float(values[mixed].norm())
+    assert size > 1.5 * tempting  # the tempting bound is violated here
+    assert 0.8 * number(prior[mixed].full) < size <= number(prior[mixed].full) * SLACK
+    assert number(data[mixed].full) == pytest.approx(size, rel=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("module", ["attention.query", "attention.value", "mlp.fc1", "mlp.fc2"])
+def test_displacement_of_a_map_that_is_zero(module, norm):
+    """The whole radius in one map that is zero, along the top singular vector of what it reads: its
+    value moves by R ||[X 1]||, and the bound is that but for R^2."""
+    R = 1e-6
+    model = small_vit(2, norm=norm, pool="mean")
+    x, y = images(2, 1)
+    path = f"blocks.0.{module}"
+    weights = model.get_submodule(path)
+    with torch.no_grad():
+        for p in weights.parameters():
+            p.zero_()
+        of, data = known(model, x, y, "activations", R)
+        step = next(s for s in of.chain.steps if f"{path}.weight" in s.inputs)
+        values = chain_values(of.chain, model, flat_weights(model), x[0])
+        X = values[step.inputs[0]].reshape(-1, weights.weight.shape[1])
+        X = torch.cat([X, torch.ones_like(X[:, :1])], 1)
+        top = torch.linalg.svd(X).Vh[0]
+        weights.weight[0] += R * top[:-1]
+        weights.bias[0] += R * top[-1]
+        there = chain_values(of.chain, model, flat_weights(model), x[0])
+        distance = float((there[step.output] - values[step.output]).norm())
+    assert distance == pytest.approx(R * norm2(X), rel=1e-6)
+    assert distance <= number(data[step.output].moved) * SLACK
+    assert number(data[step.output].moved) <= 1.01 * distance

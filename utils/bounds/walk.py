@@ -40,6 +40,11 @@ class Measured:
         return min(value, self.values.get((step, name), math.inf))
 
 
+def still(of: Subject) -> Jet:
+    """The jet of what does not depend on the weights."""
+    return Jet.constant(len(of.groups), next(of.model.parameters()).detach())
+
+
 def known_values(of: Subject, rows: Tensor, at: Situation) -> dict[str, Known]:
     """What is known of every value of the chain, by name, for the examples in `rows`.
 
@@ -47,7 +52,6 @@ def known_values(of: Subject, rows: Tensor, at: Situation) -> dict[str, Known]:
     """
     like = next(of.model.parameters()).detach()
     m = len(of.groups)
-    still = Jet.constant(m, like)
     known: dict[str, Known] = {}
     for name, t in of.model.named_parameters():
         group = of.groups.index(group_of(name))
@@ -58,9 +62,9 @@ def known_values(of: Subject, rows: Tensor, at: Situation) -> dict[str, Known]:
     for name, t in constants.items():
         real = t.is_floating_point() or (name.startswith("number ") and t.dtype != torch.bool)
         t = t.to(like) if real else t.to(like.device)
-        known[name] = Known(still, tuple(t.shape[1:]), 0.0, value=t, data=False)
+        known[name] = Known(at.still, tuple(t.shape[1:]), 0.0, value=t, data=False)
     x = of.x[rows][:, None]
-    known[of.chain.input] = Known(still, tuple(x.shape[1:]), 0.0, value=x)
+    known[of.chain.input] = Known(at.still, tuple(x.shape[1:]), 0.0, value=x)
     for name, value in known.items():
         if value.value.is_floating_point():
             known[name] = value.tightened(at.radius)
@@ -84,7 +88,7 @@ def products_of_norms(
     terms = []
     ceilings = None if measured is None else measured.values
     for rows in torch.arange(of.n).split(chunk(of)):
-        at = Situation(radius, rung == "activations", floor, ceilings)
+        at = Situation(still(of), radius, rung == "activations", floor, ceilings)
         f = known_values(of, rows, at)[of.chain.output]
         at.step = "loss"
         node = LOSS_NODES[of.loss](of.y[rows])
@@ -130,7 +134,7 @@ def measured_norms(
     values: dict[tuple[str, str], float] = {}
     modules = {}
     for rows in torch.arange(of.n).split(chunk(of)):
-        at = Situation(radius)
+        at = Situation(still(of), radius)
         known_values(of, rows, at)
         for key, value in at.numbers.items():
             step, name = key

@@ -57,7 +57,7 @@ class Node(ABC):
 
     @abstractmethod
     def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
-        """D phi^T lam, a part for each input."""
+        """D phi^T lam, a part for each input; values of one example serve all rows of lam."""
 
     @abstractmethod
     def second_order(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Form | None:

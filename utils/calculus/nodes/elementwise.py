@@ -206,7 +206,7 @@ class Elementwise(Node):
     def norms(self, inputs: tuple[Known, ...], saved: Derivatives | None, at: Situation) -> Known:
         moving = [i for i, x in enumerate(inputs) if x.jet.moves]
         if not moving:
-            return Known(inputs[0].jet)
+            return Known(at.still)
         if len(inputs) == 1:
             return self._of_one(inputs[0], saved, at)
         if saved is None or at.radius > 0:

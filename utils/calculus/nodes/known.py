@@ -125,22 +125,24 @@ class Situation:
     ceilings  numbers by (name of a step's output, name of the number) that are known to hold for
               these examples: none larger is used
     numbers   of the walk so far, by the same names
+    still     the jet of what does not depend on the weights
     """
 
     def __init__(
         self,
+        still: Jet,
         radius: float = 0.0,
         values: bool = True,
         floor: float | None = None,
         ceilings: dict[tuple[str, str], float] | None = None,
     ):
+        self.still = still
         self.radius = radius
         self.values = values
         self.floor = floor
         self.ceilings = ceilings or {}
         self.numbers: Numbers = {}
         self.step = ""
-        self.place = ""
 
     def number(self, name: str, value: Tensor | float) -> Tensor:
         """Note a number of the step at hand; returns it, or the ceiling where that is smaller."""

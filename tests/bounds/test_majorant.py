@@ -1,0 +1,106 @@
+"""The majorant: -Q <= H <= Q, right where couplings are one-sided and where squares underflow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import NETWORKS, exact_hessian, exact_norms, images, small_mlp, small_vit
+from torch import nn
+
+from utils.bounds import hessian_bounds
+from utils.bounds.majorant import Majorants, majorant, uniform
+from utils.bounds.subject import subject
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_quadratic_majorant(name):
+    """Q + H and Q - H are positive semidefinite, and Q is symmetric, before and after balancing."""
+    model = NETWORKS[name]()
+    x, y = images(3, 1)
+    of = subject(model, x, y, "cross_entropy")
+    operator = Majorants(of, torch.tensor([0]))
+    if operator.P > 250:
+        pytest.skip("too large for dense matrices")
+    H = exact_hessian(model, x[0], y[0])
+    here = torch.tensor([0])
+    for rounds in (0, 4):
+        if rounds:
+            operator.balance(uniform(operator.P, 0), rounds)
+        Q = torch.cat([operator(e[None], here) for e in torch.eye(operator.P, dtype=F64)])
+        Q = torch.ldexp(Q, -operator.exponent)
+        size = torch.linalg.matrix_norm(Q, 2)
+        torch.testing.assert_close(Q, Q.mT, rtol=1e-9, atol=1e-10 * float(size))
+        for difference in (Q - H, Q + H):
+            least = torch.linalg.eigvalsh((difference + difference.mT) / 2)[0]
+            assert least >= -1e-10 * size
+
+
+def zeroed(model: nn.Module, *names: str) -> nn.Module:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(names):
+                p.zero_()
+    return model
+
+
+def scaled(model: nn.Module, factor: float) -> nn.Module:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(factor)
+    return model
+
+
+def fitted() -> nn.Module:
+    """Logits so far apart that the first class has a loss near 1e-260."""
+    model = small_vit(1, 0.7)
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([600.0, 0.0, 0.0]))
+    return model
+
+
+HARD = {
+    "head weights zero": lambda: zeroed(small_vit(1, 0.7, depth=2), "head.weight"),
+    "head zero": lambda: zeroed(small_vit(1, 0.7, eps=1e-6), "head.weight", "head.bias"),
+    "last gain zero": lambda: zeroed(small_vit(1, 0.7), "1.norm.weight", "norm.weight"),
+    "gain of a block zero": lambda: zeroed(small_vit(1, 0.7, depth=2), "blocks.0.norm1.weight"),
+    "all gains zero": lambda: zeroed(
+        small_vit(1, 0.7), "norm1.weight", "norm2.weight", "norm.weight"
+    ),
+    "fitted": fitted,
+    "tiny weights": lambda: scaled(small_mlp(2), 1e-130),
+    "two layers zero": lambda: zeroed(small_mlp(2, depth=2), "layers.2.weight", "layers.3.weight"),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_one_sided_couplings_and_tiny_curvature(name):
+    """Within 10 of the exact norm, and not below it, where the gradient moves one side only."""
+    model = HARD[name]()
+    x, _ = images(0, 3)
+    y = torch.tensor([0, 2, 1])
+    exact = exact_norms(model, x, y)
+    bound = hessian_bounds(model, x, y, rung="majorant", confidence=1 - 1e-9)
+    assert (bound.values >= exact * (1 - 1e-9)).all()
+    assert (bound.terms["lower"] <= 10 * exact).all()
+    tangents = hessian_bounds(model, x, y, rung="tangents").values
+    assert (tangents >= exact * (1 - 1e-9)).all() and tangents.isfinite().all()
+
+
+def test_alone_and_together():
+    """The same matrix alone and together; too few steps certify nothing."""
+    model = small_vit(6)
+    x, y = images(6, 4)
+    together = hessian_bounds(model, x, y, rung="majorant", max_steps=400)
+    alone = [
+        hessian_bounds(model, x[i : i + 1], y[i : i + 1], rung="majorant", max_steps=400)
+        for i in range(4)
+    ]
+    lower = torch.cat([bound.terms["lower"] for bound in alone])
+    torch.testing.assert_close(together.terms["lower"], lower, rtol=1e-9, atol=0)
+    assert (together.values >= lower).all() and together.blocks is None
+    of = subject(model, x, y, "cross_entropy")
+    small_chunks = majorant(of, max_steps=400, memory=1)["lower"]
+    torch.testing.assert_close(small_chunks, lower, rtol=1e-9, atol=0)
+    assert hessian_bounds(model, x, y, rung="majorant", max_steps=2).values.isinf().all()
