@@ -227,7 +227,7 @@ def test_an_archive_is_not_unpacked_before_its_checksum(server, tmp_path, monkey
     assert dataset.info["matches_published"]
     shutil.rmtree(download.DOWNLOADS)
     shutil.copy(folders[0] / "cifar-10-binary.tar.gz", folders[1])
-    refused("it has not the published checksum", "cifar10", error=FileNotFoundError)
+    refused("does not match the known hash", "cifar10", error=FileNotFoundError)
     assert cached() == []
 
 

@@ -21,7 +21,7 @@ def checked_arrays(content: bytes, file: str) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: the archive is damaged or holds pickled objects; inputs are no numbers, not
-            finite in float32 or of two shapes; labels are no integers from 0, one an example.
+            finite in float32 or of two shapes; labels are no integers from 0 on, one an example.
 
     Example:
         >>> file = io.BytesIO()
@@ -29,20 +29,31 @@ def checked_arrays(content: bytes, file: str) -> dict[str, np.ndarray]:
         >>> checked_arrays(file.getvalue(), "mine.npz")["x_train"].dtype
         dtype('float32')
     """
-    given = _unpacked(content, file)
-    _check_names(given, file)
-    checked = _checked_pair(given, "train", file)
-    if "x_test" not in given:
-        return checked
-    checked |= _checked_pair(given, "test", file)
-    x = checked["x_train"]
-    x_test = checked["x_test"]
+    arrays = _unpacked(content, file)
+    for key in ("x_train", "y_train"):
+        if key not in arrays:
+            raise ValueError(
+                f"{file} has no array {key}: save x_train and y_train (and x_test, y_test) in it."
+            )
+    if ("x_test" in arrays) != ("y_test" in arrays):
+        raise ValueError(f"{file} has only one of x_test and y_test: save both or neither.")
+    for x_name, y_name in (("x_train", "y_train"), ("x_test", "y_test")):
+        if x_name in arrays:
+            arrays[x_name] = _inputs(arrays[x_name], f"{x_name} in {file}")
+            arrays[y_name] = _labels(arrays[y_name], f"{y_name} in {file}")
+            if len(arrays[x_name]) != len(arrays[y_name]):
+                raise ValueError(
+                    f"{x_name} in {file} has {len(arrays[x_name])} examples and {y_name} "
+                    f"{len(arrays[y_name])} labels: give one label an example."
+                )
+    x = arrays["x_train"]
+    x_test = arrays.get("x_test", x)
     if x_test.shape[1:] != x.shape[1:] or x_test.dtype != x.dtype:
         raise ValueError(
             f"x_test in {file} is {x_test.dtype} {x_test.shape[1:]} an example and x_train "
             f"{x.dtype} {x.shape[1:]}: give both the same type and shape."
         )
-    return checked
+    return arrays
 
 
 def _unpacked(content: bytes, file: str) -> dict[str, np.ndarray]:
@@ -51,44 +62,15 @@ def _unpacked(content: bytes, file: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return {key: archive[key] for key in KEYS if key in archive.files}
     except Exception as error:  # a damaged archive can fail anywhere in zip, zlib or a header
-        damage = "is truncated or not an .npz archive"
-        if "Object arrays" in str(error):
-            damage = "holds pickled objects"
+        pickled = "Object arrays" in str(error)
+        damage = "holds pickled objects" if pickled else "is truncated or not an .npz archive"
         raise ValueError(
             f"{file} {damage}: write it again with np.savez(path, x_train=..., y_train=...) from "
             "number arrays."
         ) from None
 
 
-def _check_names(arrays: dict[str, np.ndarray], file: str) -> None:
-    for key in ("x_train", "y_train"):
-        if key not in arrays:
-            raise ValueError(
-                f"{file} has no array {key}: save x_train and y_train (and x_test, y_test) in it."
-            )
-    if ("x_test" in arrays) != ("y_test" in arrays):
-        raise ValueError(f"{file} has only one of x_test and y_test: save both or neither.")
-
-
-def _checked_pair(arrays: dict[str, np.ndarray], part: str, file: str) -> dict[str, np.ndarray]:
-    """x (n, ...) float32 or uint8 and y (n,) int64, or a ValueError that names what is wrong."""
-    x = arrays[f"x_{part}"]
-    y = arrays[f"y_{part}"]
-    x_name = f"x_{part} in {file}"
-    _check_shape_of_inputs(x, x_name)
-    _check_labels(y, f"y_{part} in {file}")
-    if len(x) != len(y):
-        raise ValueError(
-            f"{x_name} has {len(x)} examples and y_{part} {len(y)} labels: give one label an "
-            "example."
-        )
-    _check_numbering(y, f"y_{part} in {file}", dense=part == "train")
-    if x.dtype != np.uint8:
-        x = _finite_float32(x, x_name)
-    return {f"x_{part}": np.ascontiguousarray(x), f"y_{part}": y.astype(np.int64)}
-
-
-def _check_shape_of_inputs(x: np.ndarray, name: str) -> None:
+def _inputs(x: np.ndarray, name: str) -> np.ndarray:
     if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
         raise ValueError(
             f"{name} has dtype {x.dtype}: give floats, kept as they are, or uint8 with 0..255."
@@ -97,32 +79,23 @@ def _check_shape_of_inputs(x: np.ndarray, name: str) -> None:
         raise ValueError(
             f"{name} has shape {x.shape}: give (n, ...) with at least one example and one feature."
         )
+    if x.dtype != np.uint8:
+        with np.errstate(over="ignore"):
+            x = x.astype(np.float32)
+    finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"{name} has NaN or values beyond float32 in {(~finite).sum()} of {len(x)} examples: "
+            "remove them."
+        )
+    return np.ascontiguousarray(x)
 
 
-def _check_labels(y: np.ndarray, name: str) -> None:
+def _labels(y: np.ndarray, name: str) -> np.ndarray:
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"{name} has dtype {y.dtype}: give integer labels 0..K-1.")
     if y.ndim != 1:
         raise ValueError(f"{name} has shape {y.shape}: give one label an example, shape (n,).")
-
-
-def _check_numbering(y: np.ndarray, name: str, dense: bool) -> None:
-    """Labels from 0; where they have to be `dense`, none beyond the number of examples."""
-    if y.min() < 0:
+    if y.size and y.min() < 0:
         raise ValueError(f"{name} holds the negative label {y.min()}: number the labels 0..K-1.")
-    if dense and y.max() >= len(y):
-        raise ValueError(
-            f"{name} holds the label {y.max()} in {len(y)} examples: number the labels 0..K-1."
-        )
-
-
-def _finite_float32(x: np.ndarray, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        x = x.astype(np.float32)
-    features = tuple(range(1, x.ndim))
-    bad = (~np.isfinite(x)).any(axis=features).sum()
-    if bad:
-        raise ValueError(
-            f"{name} has NaN or values beyond float32 in {bad} of {len(x)} examples: remove them."
-        )
-    return x
+    return y.astype(np.int64)

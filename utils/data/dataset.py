@@ -6,7 +6,6 @@ data/registry.json; data/README.md explains both.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, fields
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.data.published import sha256
 from utils.data.readers import Pair, Source, read_source
 from utils.data.split import check_classes, split_pool, split_sentence
 
@@ -131,33 +131,26 @@ def load_dataset(
     source = read_source(name, root, seed, n_samples)
     n_classes = _count_classes(source)
     official = source.x_test is not None
-    subset = 0 if name == "synthetic" else n_samples
     random = np.random.RandomState(seed)
-    train, calibration, held_out = split_pool(
+    rows = split_pool(
         source.y,
-        n_classes,
-        subset,
+        0 if name == "synthetic" else n_samples,
         calibration_fraction,
         None if official else test_fraction,
         order,
         random,
     )
-    parts = {
-        "train": (source.x[train], source.y[train]),
-        "calibration": (source.x[calibration], source.y[calibration]),
-    }
+    parts = {part: (source.x[chosen], source.y[chosen]) for part, chosen in rows.items()}
     if official:
-        parts["test"] = _official_test_set(source, n_classes, random)
-    else:
-        parts["test"] = (source.x[held_out], source.y[held_out])
-
+        shuffled = random.permutation(len(source.y_test))
+        parts["test"] = (source.x_test[shuffled], source.y_test[shuffled])
     sizes = {part: len(y) for part, (_, y) in parts.items()}
     pool = source.note + _pool_in_words(name, sizes, n_samples, official, order)
     inputs = "values kept as given"
     if source.x.dtype == np.uint8:
         inputs = f"scaled linearly from [0, {source.white}] to [-1, 1]"
     info = source.about | {
-        "input_shape": [int(size) for size in source.x.shape[1:]],
+        "input_shape": list(source.x.shape[1:]),
         "n_classes": n_classes,
         "inputs": inputs,
         "sizes": sizes,
@@ -165,29 +158,31 @@ def load_dataset(
         "seed": int(seed),
         "duplicates_across_parts": _count_duplicates(parts),
     }
-    return Dataset(**_tensors(parts, source.white), info=info)
+    tensors = {f"x_{part}": _scaled(x, source.white) for part, (x, _) in parts.items()}
+    tensors |= {f"y_{part}": torch.from_numpy(y) for part, (_, y) in parts.items()}
+    return Dataset(**tensors, info=info)
 
 
 def _count_classes(source: Source) -> int:
     names = source.about["class_names"]
-    n_classes = len(names) if names else int(source.y.max()) + 1
+    largest = source.y.max()
+    if largest >= len(source.y):
+        raise ValueError(
+            f"y_train holds the label {largest} in {len(source.y)} examples: number the labels "
+            "0..K-1."
+        )
+    n_classes = len(names) if names else int(largest) + 1
     if n_classes < 2:
         raise ValueError(
             "y_train holds a single class: give labels of at least 2 classes, numbered from 0."
         )
     check_classes(source.y, n_classes)
-    return n_classes
-
-
-def _official_test_set(source: Source, n_classes: int, random: np.random.RandomState) -> Pair:
-    """The whole test set in random order."""
-    if source.y_test.max() >= n_classes:
+    if source.y_test is not None and source.y_test.max() >= n_classes:
         raise ValueError(
             f"y_test holds the label {source.y_test.max()}, which y_train does not: use the same "
             "classes in both."
         )
-    rows = random.permutation(len(source.y_test))
-    return source.x_test[rows], source.y_test[rows]
+    return n_classes
 
 
 def _pool_in_words(
@@ -203,30 +198,20 @@ def _pool_in_words(
     return f"the first {first} samples"
 
 
-def _tensors(parts: dict[str, Pair], white: int) -> dict[str, Tensor]:
-    tensors = {}
-    for part, (x, y) in parts.items():
-        tensors[f"x_{part}"] = torch.from_numpy(_scaled(x, white))
-        tensors[f"y_{part}"] = torch.from_numpy(y)
-    return tensors
-
-
-def _scaled(x: np.ndarray, white: int) -> np.ndarray:
+def _scaled(x: np.ndarray, white: int) -> Tensor:
     """uint8 from [0, white] to [-1, 1] in float32; floats as they are."""
-    if x.dtype != np.uint8:
-        return x
-    x = x.astype(np.float32)
-    x /= np.float32(white / 2)
-    x -= np.float32(1)
-    return x
+    tensor = torch.from_numpy(x)
+    if tensor.dtype != torch.uint8:
+        return tensor
+    return tensor.float().div_(white / 2).sub_(1)
 
 
 def _count_duplicates(parts: dict[str, Pair]) -> int:
     """Examples whose input occurs in an earlier part, byte for byte."""
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     count = 0
     for x, _ in parts.values():
-        digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in x]
+        digests = [sha256(row.tobytes()) for row in x]
         count += sum(digest in seen for digest in digests)
         seen.update(digests)
     return count

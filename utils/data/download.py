@@ -43,16 +43,13 @@ def download(published: PublishedSet, folder: Path) -> None:
     if not missing_files(published, folder):
         return
     with _lock(folder):
-        # asked again: the process that held the lock may have fetched them
         downloads: dict[str, list[str]] = {}
+        # asked again: the process that held the lock may have fetched them
         for file in missing_files(published, folder):
             name = published.archive or Path(file).name
             downloads.setdefault(name, []).append(file)
-        try:
-            for name, files in downloads.items():
-                _from_any_mirror(name, files, published, folder)
-        finally:
-            shutil.rmtree(_scratch(folder), ignore_errors=True)
+        for name, files in downloads.items():
+            _from_any_mirror(name, files, published, folder)
 
 
 def missing_files(published: PublishedSet, folder: Path) -> list[str]:
@@ -87,22 +84,26 @@ def _lock(folder: Path) -> AbstractContextManager:
         ) from None
 
 
-def _scratch(folder: Path) -> Path:
-    return folder.with_suffix(".tmp")
-
-
 def _from_any_mirror(name: str, files: list[str], published: PublishedSet, folder: Path) -> None:
     """`files` into `folder` out of the download `name`, an archive or a file."""
+    scratch = folder.with_suffix(".tmp")
     failures = []
     for mirror in published.mirrors:
+        shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left
+        remote = pooch.create(scratch, mirror, registry={name: published.archive_hash})
         try:
-            return _from_mirror(mirror, name, files, published, folder)
+            stored = remote.fetch(name, downloader=pooch.HTTPDownloader(progressbar=True))
+            for file in files:
+                _take(file, Path(stored), published, folder)
+            return
         except Exception as error:  # the network, the disk, or damage anywhere in gzip, zlib or tar
             if getattr(error, "errno", None) in DISK_TROUBLE:
                 raise OSError(
                     f"{folder} cannot hold {name} ({error.strerror}): make room in it."
                 ) from None
             failures.append(f"{mirror}{name} ({_reason(error)})")
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     raise FileNotFoundError(
         f"{name} could not be downloaded from {' or '.join(failures)}: check the network, or put "
         f"{', '.join(missing_files(published, folder))} into {folder}, or set DATA_ROOT to a "
@@ -110,41 +111,23 @@ def _from_any_mirror(name: str, files: list[str], published: PublishedSet, folde
     )
 
 
+def _take(file: str, stored: Path, published: PublishedSet, folder: Path) -> None:
+    """Check one file of a download, then rename it into the folder."""
+    if published.archive:
+        length = published.files[file]["bytes"]
+        with tarfile.open(stored) as archive:
+            content = archive.extractfile(file).read(length + 1)
+    else:
+        content = stored.read_bytes()
+    if not published.is_published(content, file):
+        raise ValueError(f"its {file} has not the published checksum")
+    checked = stored.with_name("checked")
+    checked.write_bytes(content)
+    (folder / file).parent.mkdir(exist_ok=True)
+    os.replace(checked, folder / file)
+
+
 def _reason(error: Exception) -> str:
     if type(error) is ValueError:
-        return str(error)
+        return str(error).split(". ")[0]  # pooch's words for a wrong checksum are three sentences
     return getattr(error, "strerror", None) or type(error).__name__
-
-
-def _from_mirror(
-    mirror: str, name: str, files: list[str], published: PublishedSet, folder: Path
-) -> None:
-    scratch = _scratch(folder)
-    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process, or of the mirror before
-    stored = _fetched(mirror, name, published.archive_hash, scratch)
-    for file in files:
-        content = _content(stored, file, published)
-        if not published.is_published(content, file):
-            raise ValueError(f"its {file} has not the published checksum")
-        checked = scratch / "checked"
-        checked.write_bytes(content)
-        target = folder / file
-        target.parent.mkdir(exist_ok=True)
-        os.replace(checked, target)
-
-
-def _fetched(mirror: str, name: str, known_hash: str | None, scratch: Path) -> Path:
-    """The download itself, with `known_hash` where there is one."""
-    remote = pooch.create(scratch, mirror, registry={name: known_hash})
-    try:
-        return Path(remote.fetch(name, downloader=pooch.HTTPDownloader(progressbar=True)))
-    except ValueError:  # pooch's words for a wrong checksum are several sentences
-        raise ValueError("it has not the published checksum") from None
-
-
-def _content(stored: Path, file: str, published: PublishedSet) -> bytes:
-    """One file out of a download, and never more than one byte beyond its published length."""
-    if not published.archive:
-        return stored.read_bytes()
-    with tarfile.open(stored) as archive:
-        return archive.extractfile(file).read(published.files[file]["bytes"] + 1)

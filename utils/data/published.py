@@ -97,23 +97,18 @@ class PublishedFolder:
         stored = (self.path / file).read_bytes()
         content = uncompressed(stored, file)
         owner = self.published.owner.get(sha256(content))
-        if owner is None:
-            self._refuse_published_length(content, file)
-        elif owner != file:
+        if owner not in (file, None):
             raise ValueError(
                 f"{file} holds what is published as {owner}: put every file under its own name."
+            )
+        if owner is None and len(content) == self.published.files[file]["bytes"]:
+            raise ValueError(
+                f"{file} has the published length and another content: delete it and fetch it "
+                "again."
             )
         self.checksums[file] = sha256(stored)
         self.all_published &= owner == file
         return content
-
-    def _refuse_published_length(self, content: bytes, file: str) -> None:
-        expected = self.published.files.get(file, {})
-        if len(content) == expected.get("bytes"):
-            raise ValueError(
-                f"{file} has the published length and another content: delete it and fetch "
-                "it again."
-            )
 
     def about(self, name: str) -> dict:
         """The part of a data set's `info` that says where it comes from."""
@@ -138,13 +133,12 @@ def published_set(name: str) -> PublishedSet:
         'cifar-10-binary.tar.gz'
     """
     registry = json.loads(REGISTRY.read_text(encoding="utf-8"))
-    owner = {}
-    for entry in registry.values():
-        for file, expected in entry["files"].items():
-            owner[expected["sha256"]] = file
-    entry = registry[name]
-    class_names = entry["class_names"].split(", ")
-    return PublishedSet(**entry | {"class_names": class_names, "owner": owner})
+    owner = {
+        expected["sha256"]: file
+        for entry in registry.values()
+        for file, expected in entry["files"].items()
+    }
+    return PublishedSet(**registry[name], owner=owner)
 
 
 def sha256(content: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from importlib.resources import files as package_files
@@ -103,11 +104,13 @@ def parse_idx(content: bytes, file: str, ndim: int) -> np.ndarray:
     """
     header = 4 + 4 * ndim
     if content[:4] != bytes([0, 0, 8, ndim]) or len(content) < header:
-        kind = "images (magic 0x00000803)" if ndim == 3 else "labels (magic 0x00000801)"
-        raise ValueError(f"{file} is not an idx file of {kind}: delete it and fetch it again.")
-    sizes = np.frombuffer(content, ">u4", count=ndim, offset=4)
-    shape = [int(size) for size in sizes]
-    expected = header + int(np.prod(shape, dtype=object))
+        kind = "images" if ndim == 3 else "labels"
+        raise ValueError(
+            f"{file} is not an idx file of {kind} (magic 0x0000080{ndim}): delete it and fetch it "
+            "again."
+        )
+    shape = np.frombuffer(content, ">u4", count=ndim, offset=4).tolist()
+    expected = header + math.prod(shape)
     if len(content) != expected or expected == header:
         raise ValueError(
             f"{file} holds {len(content)} bytes where its header announces {expected}: delete it "
@@ -243,10 +246,8 @@ def _read_cifar(name: str, files: PublishedFolder) -> Source:
     label_bytes = 1 if name == "cifar10" else 2
     *batches, test_file = files.published.files
     present = [file for file in batches if files.has(file)]
-    pairs = []
-    for file in present or batches[:1]:
-        pairs.append(_cifar_pair(file, files, label_bytes))
-    x, y = (np.concatenate(arrays) for arrays in zip(*pairs))
+    pairs = [_cifar_pair(file, files, label_bytes) for file in present or batches[:1]]
+    x, y = map(np.concatenate, zip(*pairs))
     x_test = y_test = None
     note = ""
     if len(present) < len(batches):

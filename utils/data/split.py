@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+PARTS = ("train", "calibration", "test")
 SMALLEST_CLASS = 3  # examples: one for each part
 
 Rows = np.ndarray  # row numbers, int64
@@ -16,18 +17,16 @@ Rows = np.ndarray  # row numbers, int64
 
 def split_pool(
     y: np.ndarray,
-    n_classes: int,
     n_samples: int,
     calibration_fraction: float,
     test_fraction: float | None,
     order: str,
     random: np.random.RandomState,
-) -> tuple[Rows, Rows, Rows]:
+) -> dict[str, Rows]:
     """Choose `n_samples` examples of a pool, then split them.
 
     Args:
         y: labels (n,) of the pool, integers 0..K-1.
-        n_classes: K.
         n_samples: size of what is split, 0 for the whole pool [examples]. With `order` "published"
             what is held out comes after these.
         calibration_fraction: share that calibrates [1].
@@ -36,30 +35,34 @@ def split_pool(
         random: the source of all draws.
 
     Returns:
-        Row numbers (train, calibration, held out) into `y`, disjoint, each in random order.
+        Row numbers into `y` of the parts train, calibration and test, disjoint, each in random
+        order.
 
     Raises:
         ValueError: the pool is too small for what is asked.
 
     Example:
         >>> y = np.arange(40) % 2
-        >>> parts = split_pool(y, 2, 20, 0.2, 0.2, "random", np.random.RandomState(0))
-        >>> [len(part) for part in parts]
-        [12, 4, 4]
+        >>> parts = split_pool(y, 20, 0.2, 0.2, "random", np.random.RandomState(0))
+        >>> {part: len(rows) for part, rows in parts.items()}
+        {'train': 12, 'calibration': 4, 'test': 4}
     """
     kept = np.arange(len(y))
     if n_samples and order == "published":
-        held_out = round(test_fraction * n_samples) if test_fraction is not None else 0
-        kept = _first(len(y), n_samples, held_out)
+        held_out = round((test_fraction or 0) * n_samples)
+        kept = kept[: n_samples + held_out]
+        if len(kept) < n_samples + held_out:
+            raise ValueError(
+                f"n_samples is {n_samples} with {held_out} held out after them: choose at most "
+                f"{len(y)} together."
+            )
         if held_out:
             calibration_fraction = calibration_fraction * n_samples / len(kept)
             test_fraction = held_out / len(kept)
     elif n_samples:
-        kept = _stratified_subset(y, n_samples, n_classes, random)
-    train, calibration, held_out = split_rows(
-        y[kept], calibration_fraction, test_fraction, random, order
-    )
-    return kept[train], kept[calibration], kept[held_out]
+        kept = _stratified_subset(y, n_samples, random)
+    parts = split_rows(y[kept], calibration_fraction, test_fraction, random, order)
+    return {part: kept[rows] for part, rows in zip(PARTS, parts)}
 
 
 def split_rows(
@@ -88,19 +91,22 @@ def split_rows(
         >>> [np.bincount(y[part]).tolist() for part in parts]
         [[6, 6], [2, 2], [2, 2]]
     """
-    n_test = round(test_fraction * len(y)) if test_fraction is not None else 0
+    n_test = round((test_fraction or 0) * len(y))
     n_calibration = round(calibration_fraction * len(y))
     n_train = len(y) - n_test - n_calibration
     sizes = {"calibration": n_calibration, "test": n_test, "train": n_train}
-    if test_fraction is None:
-        del sizes["test"]
-    _check_sizes(sizes, y)
-
+    n_classes = len(np.unique(y))
+    for part, size in sizes.items():
+        if size < n_classes and (part, test_fraction) != ("test", None):
+            raise ValueError(
+                f"The {part} part would have {size} of {len(y)} examples, fewer than the "
+                f"{n_classes} classes: change calibration_fraction or test_fraction, or use more "
+                "examples."
+            )
     rows = np.arange(len(y))
     if order == "published":
         parts = np.split(rows, [n_train, n_train + n_calibration])
-        train, calibration, test = (random.permutation(part) for part in parts)
-        return train, calibration, test
+        return tuple(random.permutation(part) for part in parts)
     test = rows[:0]
     if n_test:
         rows, test = train_test_split(rows, test_size=n_test, stratify=y, random_state=random)
@@ -157,41 +163,25 @@ def split_sentence(sizes: dict[str, int], pool: str, official: bool, order: str,
         'The pool split at random into 6 train, 2 calibration and 2 held-out samples, stratified \
 by class, seed 0.'
     """
-    train = f"{sizes['train']} train"
-    calibration = f"{sizes['calibration']} calibration"
-    held_out = f"{sizes['test']} held-out"
-    parts = f"{train}, {calibration} and {held_out}"
+    parts = "{train} train, {calibration} calibration and {test} held-out samples"
     end = ""
     if official:
-        parts = f"{train} and {calibration}"
-        end = f"; the official test set ({sizes['test']} samples) is held out whole"
+        parts = "{train} train and {calibration} calibration samples"
+        end = "; the official test set ({test} samples) is held out whole"
+    how = "at random into"
+    drawn = "stratified by class"
     if order == "published":
-        how = "split in the published order"
-        drawn = f"shuffled inside each part, seed {seed}"
-    else:
-        how = "split at random"
-        drawn = f"stratified by class, seed {seed}"
-    sentence = f"{pool} {how} into {parts} samples, {drawn}{end}."
+        how = "in the published order into"
+        drawn = "shuffled inside each part"
+    sentence = f"{pool} split {how} {parts}, {drawn}, seed {seed}{end}.".format(**sizes)
     return sentence[0].upper() + sentence[1:]
 
 
-def _first(n_pool: int, n_samples: int, held_out: int) -> Rows:
-    """The first rows of a pool, with those that are held out after them."""
-    n_kept = n_samples + held_out
-    if n_kept > n_pool:
-        raise ValueError(
-            f"n_samples is {n_samples} with {held_out} held out after them: choose at most "
-            f"{n_pool} together."
-        )
-    return np.arange(n_kept)
-
-
-def _stratified_subset(
-    y: np.ndarray, n_samples: int, n_classes: int, random: np.random.RandomState
-) -> Rows:
+def _stratified_subset(y: np.ndarray, n_samples: int, random: np.random.RandomState) -> Rows:
     rows = np.arange(len(y))
     if n_samples == len(y):
         return rows
+    n_classes = int(y.max()) + 1
     largest = len(y) - n_classes
     if not n_classes <= n_samples <= largest:
         raise ValueError(
@@ -201,14 +191,3 @@ def _stratified_subset(
     kept, _ = train_test_split(rows, train_size=n_samples, stratify=y, random_state=random)
     check_classes(y[kept], n_classes, remedy="raise n_samples")
     return kept
-
-
-def _check_sizes(sizes: dict[str, int], y: np.ndarray) -> None:
-    n_classes = len(np.unique(y))
-    for part, size in sizes.items():
-        if size < n_classes:
-            raise ValueError(
-                f"The {part} part would have {size} of {len(y)} examples, fewer than the "
-                f"{n_classes} classes: change calibration_fraction or test_fraction, or use more "
-                "examples."
-            )
