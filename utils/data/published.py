@@ -50,6 +50,14 @@ class PublishedSet:
         """Is `content`, as it lies on a disk, the published content of `file`?
 
         At most one byte more than the published length is unpacked, whatever a mirror sends.
+
+        Args:
+            content: the bytes, compressed where the name of the file says so.
+            file: name of a file of this set.
+
+        Example:
+            >>> published_set("cifar100").is_published(b"", "cifar-100-binary/test.bin")
+            False
         """
         expected = self.files[file]
         try:
@@ -68,6 +76,14 @@ class PublishedFolder:
         published: what the registry says of the set.
         checksums: file -> sha256 of the file as it lies there, of every file read so far.
         all_published: are all files read so far the published ones?
+
+    Example:
+        >>> import sklearn
+        >>> bundled = Path(sklearn.__file__).parent / "datasets" / "data"
+        >>> folder = PublishedFolder(bundled, published_set("digits"))
+        >>> content = folder.read("digits.csv.gz")
+        >>> len(content), folder.about("digits")["matches_published"]
+        (264712, True)
     """
 
     path: Path
@@ -76,7 +92,7 @@ class PublishedFolder:
     all_published: bool = True
 
     def has(self, file: str) -> bool:
-        """Is there such a file?"""
+        """Is there a file of this name, such as "mnist/train-labels-idx1-ubyte.gz"?"""
         return (self.path / file).is_file()
 
     def read(self, file: str) -> bytes:
@@ -84,6 +100,9 @@ class PublishedFolder:
 
         A file may differ from the published one, a smaller selection for instance, but not be
         another published file, and not have the published length and another content.
+
+        Args:
+            file: name of a file of the set.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -111,7 +130,11 @@ class PublishedFolder:
         return content
 
     def about(self, name: str) -> dict:
-        """The part of a data set's `info` that says where it comes from."""
+        """The part of a data set's `info` that says where it comes from.
+
+        Args:
+            name: of the data set.
+        """
         return {
             "name": name,
             "source": self.published.source,
