@@ -364,7 +364,7 @@ HOLD = """
 
 
 def test_a_second_writer_is_refused_and_a_patient_one_waits():
-    other = in_another_process(HOLD.format(stage="01", seconds=2.5))
+    other = in_another_process(HOLD.format(stage="01", seconds=1.5))
     assert other.stdout.readline() == "held\n"
     before = snapshot()
     start = time.monotonic()
@@ -379,7 +379,7 @@ def test_a_second_writer_is_refused_and_a_patient_one_waits():
 
 
 def test_the_environment_sets_the_patience(monkeypatch):
-    other = in_another_process(HOLD.format(stage="01", seconds=1.5))
+    other = in_another_process(HOLD.format(stage="01", seconds=1))
     assert other.stdout.readline() == "held\n"
     monkeypatch.setenv("RUN_LOCK_WAIT", "30")
     begin("01", p("01"))

@@ -10,7 +10,9 @@ from unittest.mock import patch
 import pandas as pd
 import pytest
 
-from workflow.benchmark import benchmark
+from workflow.benchmark import __main__ as benchmark
+from workflow.benchmark import settings
+from workflow.benchmark.tables import merge, shown, table
 
 PAGE = "# Title\n\n<!-- benchmark -->\n\nold\n\n<!-- /benchmark -->\n\nafter\n"
 
@@ -29,7 +31,7 @@ def test_quick_run_measures_every_task_and_writes_both_tables(tmp_path):
     command = [
         sys.executable,
         "-m",
-        benchmark.__name__,
+        "workflow.benchmark",
         "--quick",
         "--models",
         "small-40-step",
@@ -38,7 +40,7 @@ def test_quick_run_measures_every_task_and_writes_both_tables(tmp_path):
     done = subprocess.run(
         [*command, "--csv", str(path), "--page", str(page)],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(benchmark.ROOT)},
+        env=os.environ | {"PYTHONPATH": str(settings.ROOT)},
         capture_output=True,
         text=True,
         timeout=200,
@@ -46,8 +48,8 @@ def test_quick_run_measures_every_task_and_writes_both_tables(tmp_path):
     assert done.returncode == 0, done.stderr
 
     frame = pd.read_csv(path)
-    assert list(frame.columns) == benchmark.COLUMNS
-    assert list(frame["task"].unique()) == list(benchmark.TASKS)
+    assert list(frame.columns) == settings.COLUMNS
+    assert list(frame["task"].unique()) == list(settings.TASKS)
     always = [
         "task",
         "model",
@@ -85,28 +87,28 @@ def test_quick_run_measures_every_task_and_writes_both_tables(tmp_path):
     assert (frame.loc[frame["task"] == "memory", "peak_mib"] > 50).all()
 
     text = page.read_text(encoding="utf-8")
-    before, table, after = (
+    before, page_table, after = (
         text.split("<!-- benchmark -->")[0],
         text.split("<!--")[1],
         text.split("-->")[-1],
     )
     assert (before, after) == ("# Title\n\n", "\n\nafter\n") and "old" not in text
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + sum(map(benchmark.shown, timed.to_dict("records"))) > 3 and {
+    lines = [line for line in page_table.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + sum(map(shown, timed.to_dict("records"))) > 3 and {
         line.count(" | ") for line in lines
     } == {7}
-    assert table.split("-->")[1].strip() in done.stdout
+    assert page_table.split("-->")[1].strip() in done.stdout
 
 
 def test_a_later_run_replaces_its_own_rows_only(tmp_path):
     path = tmp_path / "benchmark.csv"
-    row = dict.fromkeys(benchmark.COLUMNS, 1.0) | {"model": "medium", "method": "ours"}
+    row = dict.fromkeys(settings.COLUMNS, 1.0) | {"model": "medium", "method": "ours"}
     pd.DataFrame([row | {"task": task} for task in ("norms", "norm")]).to_csv(path, index=False)
     there = row | {"task": "norms", "device": 2.0}
     new = pd.DataFrame(
         [row | {"task": "norm", "n": 7.0}, row | {"task": "norms", "model": "small-trained"}, there]
     )
-    merged = benchmark.merge(new, path)
+    merged = merge(new, path)
     assert list(zip(merged["task"], merged["model"], merged["device"], merged["n"])) == [
         ("norms", "small-trained", 1.0, 1.0),
         ("norms", "medium", 1.0, 1.0),
@@ -116,12 +118,12 @@ def test_a_later_run_replaces_its_own_rows_only(tmp_path):
 
 
 def test_each_device_has_a_table_of_its_own_and_the_cpu_comes_first():
-    both = pd.read_csv(benchmark.CSV)
+    both = pd.read_csv(settings.CSV)
     gpu = both[both["task"] != "memory"].assign(
         device="A GPU", ms_per_unit=1.0, target=float("nan")
     )
-    cpu, other = benchmark.table(both[both["device"] == "cpu"]), benchmark.table(gpu)
-    assert benchmark.table(pd.concat([gpu, both[both["device"] == "cpu"]])) == f"{cpu}\n\n{other}"
+    cpu, other = table(both[both["device"] == "cpu"]), table(gpu)
+    assert table(pd.concat([gpu, both[both["device"] == "cpu"]])) == f"{cpu}\n\n{other}"
     assert "device cpu;" in cpu and "device A GPU;" in other and "Peak memory" not in other
 
 
@@ -135,4 +137,4 @@ def test_refusals_are_one_sentence(tmp_path, capsys):
             ["--device", "cuda"], capsys
         )
     assert "add the two lines." in refused(["--write", "--page", str(page)], capsys)
-    assert Path(benchmark.CSV).parts[-2:] == ("benchmarks", "benchmark.csv")
+    assert Path(settings.CSV).parts[-2:] == ("benchmarks", "benchmark.csv")

@@ -30,20 +30,29 @@ import pandas as pd
 import torch
 from torch.nn.functional import avg_pool2d
 
-from utils import convergence, models, training
 from utils import sample_size as ss
+from utils import training
 from utils.curvature import Losses
-from utils.data import load_dataset, synthetic_draw
+from utils.data import synthetic_draw
 from utils.run.files import atomic
 from utils.run.layout import RESULTS
+from workflow.experiments.heads import Heads, a_priori
+from workflow.experiments.populations import (
+    CONFIDENCE,
+    LARGER,
+    MOST,
+    PILOT,
+    TRUTH,
+    dataset_of,
+    interval_row,
+    network,
+)
 
-CONFIDENCE = 0.9
 QUESTIONS = (
     (0.0, 0.1),
     (0.0, 0.05),
     (0.03, 0.05),
 )  # (radius as a fraction of |w0|, tolerance [nat])
-PILOT, LARGER = 400, 1600  # samples of a pilot
 TARGETS = (
     1.0,
     0.7,
@@ -53,69 +62,7 @@ TARGETS = (
     0.15,
     0.1,
 )  # corrections of a fitted curve's target that are tried
-MOST = 200_000  # samples of one training
-TRUTH = ("truth", "truth_low", "truth_high")
 PARTS = ("fixed", "refit", "retrain", "pathological")
-
-
-def dataset_of(name: str):
-    """(x, y) to train on, (x, y) of the pool, for a data set by name."""
-    if name == "synthetic":
-        return synthetic_draw(600, 1), synthetic_draw(20000, 2)
-    found = load_dataset(name, n_samples=6000 if name == "mnist" else 0)
-    rest = (
-        (found.x_calibration, found.y_calibration)
-        if name == "digits"
-        else (found.x_test[:0], found.y_test[:0])
-    )
-    return (found.x_train, found.y_train), (
-        torch.cat([rest[0], found.x_test]),
-        torch.cat([rest[1], found.y_test]),
-    )
-
-
-def network(kind: str, x, n_classes: int, seed: int, width: int = 16):
-    torch.manual_seed(seed)
-    if kind == "mlp":
-        return models.build_model(
-            "mlp", d_in=x[0].numel(), width=width, depth=1, n_classes=n_classes
-        )
-    size = x.shape[-1]
-    sizes = dict(
-        image_size=size,
-        channels=x.shape[1],
-        patch_size=size // (2 if size % 4 else 4),
-        n_classes=n_classes,
-    )
-    return models.build_model("vit", **sizes, depth=1, n_heads=2, d_model=width, d_ff=2 * width)
-
-
-def interval_row(rule: str, low, high, truth, promised: float | None = None) -> dict:
-    """How often [low, high] holds the truth where high is finite, with its exact interval, and how
-    far off high is.
-
-    truth: (k, its own interval's ends) or one such row a pilot; the whole interval has to be held.
-    low None: the rule gives one number, and covers where that is at least the truth's k."""
-    high = np.asarray(high, float)
-    high = np.where(np.isfinite(high) & (high > 0), high, math.inf)
-    k, least, most = np.broadcast_to(np.asarray(truth, float), (len(high), 3)).T
-    held, told = (
-        (k <= high) if low is None else (np.asarray(low, float) <= least) & (most <= high),
-        np.isfinite(high),
-    )
-    hits, off = int(held[told].sum()), np.log10(high[told]) - np.log10(k[told])
-    share_low, share_high = (
-        ss.clopper_pearson(hits, int(told.sum())) if told.any() else (math.nan, math.nan)
-    )
-    row = {
-        "rule": rule,
-        "pilots": len(high),
-        "refused": int((~told).sum()),
-        "covered": hits / max(1, told.sum()),
-    }
-    row |= {"covered_low": share_low, "covered_high": share_high, "promised": promised}
-    row |= {"ratio_median": 10 ** np.median(off) if told.any() else math.nan}
-    return row | {"error_log10": math.sqrt((off**2).mean()) if told.any() else math.nan}
 
 
 def forecast_rows(
@@ -229,97 +176,6 @@ def refit(pilots: int, names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-class AtOnce:
-    """`Losses.value_and_gradient` of a small model in one pass, where memory allows it."""
-
-    def __init__(self, losses: Losses):
-        self.losses = losses
-
-    def value_and_gradient(self, w, rows):
-        w = w.detach().requires_grad_()
-        f = torch.func.functional_call(
-            self.losses.model, self.losses.unflatten(w), (self.losses.x[rows],)
-        )
-        value = torch.nn.functional.cross_entropy(f, self.losses.y[rows])
-        return value.detach(), torch.autograd.grad(value, w)[0]
-
-
-class Heads:
-    """Heads on the fixed features of a trained body: training in the ball around a head that has
-    seen nothing.
-
-    pool: 40 000 samples, the population that trainings draw from; held: 20 000 others, on which
-    errors are taken, above the pool's own best head in the ball."""
-
-    steps, radius = 60, 1.0
-
-    def __init__(self, kind: str):
-        x, y = synthetic_draw(600, 1)
-        self.body = network(kind, x, int(y.max()) + 1, seed=0, width=8)
-        training.train(self.body, x, y, l2=1e-2, epochs=15, polish_steps=0)
-        torch.manual_seed(1)
-        self.centre = torch.nn.Linear(8, int(y.max()) + 1).double()
-        if kind == "vit":
-            self.body.head = torch.nn.Identity()
-        else:
-            self.body.layers[-1] = torch.nn.Identity()
-        self.pool, self.held, self.pilot = (
-            self.sample(40000, 2),
-            self.sample(20000, 4),
-            self.sample(PILOT, 3),
-        )
-        self.whole, self.best = AtOnce(self.pool), 0.0
-        self.best = self.error(self.trained(range(self.pool.n), 4 * self.steps))
-        self.gain = self.error(self.pool.w)
-
-    def sample(self, n: int, seed: int) -> Losses:
-        x, y = synthetic_draw(n, seed)
-        with torch.no_grad():
-            return Losses(self.centre, self.body(x.double()), y)
-
-    def trained(self, rows, steps: int, start=None):
-        return convergence.projected_descent(
-            self.whole, rows, self.pool.w, self.radius, steps, start
-        )
-
-    def error(self, w) -> float:
-        return self.held.values(w).mean().item() - self.best
-
-    def meets(self, k: int, acceptable: float, pilots: int, seed: int) -> tuple[int, float]:
-        """Of `pilots` trainings on k samples those with an acceptable error; the largest
-        optimisation gap of five."""
-        hits, gaps, generator = 0, [], np.random.default_rng(seed)
-        for i in range(pilots):
-            rows = generator.integers(self.pool.n, size=k)
-            w = self.trained(rows, self.steps)
-            hits += self.error(w) <= acceptable
-            if i < 5:
-                first, last = (
-                    self.whole.value_and_gradient(v, rows)[0]
-                    for v in (w, self.trained(rows, self.steps, w))
-                )
-                gaps.append((first - last).item())
-        return hits, max(gaps)
-
-    def least(self, acceptable: float, pilots: int, most: float) -> tuple[float, float, float]:
-        """The least size from which on trainings keep the promise, between the last that surely
-        fails and the first that surely keeps it, by the exact intervals of the shares."""
-        sizes, met = [1], []
-        while sizes[-1] < most and [m == pilots for m in met[-4:]] != [True] * 4:
-            met.append(self.meets(sizes[-1], acceptable, pilots, 5000 + sizes[-1])[0])
-            sizes.append(math.ceil(1.5 * sizes[-1]))
-        ends = [ss.clopper_pearson(m, pilots) for m in met]
-        last_miss, last_fail, last_doubt = (
-            max([-1, *(i for i, missed in enumerate(kind) if missed)])
-            for kind in (
-                [m < CONFIDENCE * pilots for m in met],
-                [high < CONFIDENCE for _, high in ends],
-                [low < CONFIDENCE for low, _ in ends],
-            )
-        )
-        return sizes[last_miss + 1], sizes[max(last_fail, 0)], sizes[last_doubt + 1]
-
-
 def retrain(pilots: int) -> pd.DataFrame:
     rows = []
     for kind in ("vit", "mlp"):
@@ -379,25 +235,6 @@ def price(k: float, row: dict) -> dict:
         "price_low": k / row["least_high"],
         "price_high": k / row["least_low"],
     }
-
-
-def a_priori(heads: Heads, tolerance: float) -> float:
-    """The ball size with S, |grad l| and |H|_F at their largest over all inputs, for the head of a
-    pre-norm ViT.
-
-    LayerNorm bounds the features v; a loss in [0, C] has S <= C/2, |p - e_y| <= sqrt 2, and |diag p
-    - p p^T|_F^2 = q - 2 sum p^3 + q^2 <= q - q^2 <= 1/4 with q = sum p^2, because sum p^3 >= q^2.
-    """
-    norm, head = heads.body.norm, heads.centre
-    longest = (
-        norm.weight.abs().max().item() * math.sqrt(heads.body.config.d_model)
-        + norm.bias.norm().item()
-    )
-    squared = longest**2 + 1  # >= |[v 1]|^2
-    size = torch.linalg.matrix_norm(torch.cat([head.weight, head.bias[:, None]], 1), 2).item()
-    loss = math.log(len(head.bias)) + math.sqrt(2 * squared) * size
-    B = loss / 2 + heads.radius * math.sqrt(2 * squared) + heads.radius**2 / 2 * squared / 2
-    return ss.k_ball(B, tolerance, CONFIDENCE)
 
 
 def mislabelled() -> tuple[np.ndarray, np.ndarray]:
