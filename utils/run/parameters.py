@@ -249,6 +249,12 @@ def validate(
     model: the notebook's model; namespace: its `globals()`; dtype: precision that is printed.
 
     Raises ValueError with one sentence.
+
+    >>> p = validate(StudyReport, {"study": "quickstart", "runs": []})  # doctest: +ELLIPSIS
+    study                'quickstart'
+    runs                 []
+    python 3...
+    device cpu, dtype float64, seed none
     """
     fields = list(model.model_fields)
     cells = [cell for cell in namespace.get("In", []) if assigned(cell, fields)]

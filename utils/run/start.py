@@ -22,6 +22,18 @@ def begin(stage: str, p: Parameters, wait_s: float | None = None, dtype: str = "
     Raises FileNotFoundError where an earlier notebook has not run, ValueError where an input has
     changed since or the device is not there, RuntimeError where another process keeps the lock;
     each with one sentence.
+
+    >>> import contextlib, tempfile
+    >>> from utils.run.parameters import DataPreparation
+    >>> from utils.run.record import record_of
+    >>> p = DataPreparation.model_construct(run="try", seed=0)
+    >>> with contextlib.chdir(tempfile.mkdtemp()):
+    ...     stage = begin("01", p)
+    ...     stage.write_json("dataset.npz", "arrays, as a rule")
+    ...     stage.write_json("dataset.json", {"name": "example"})
+    ...     stage.finish()
+    ...     sorted(record_of("try")["01"]["outputs"])
+    ['dataset.json', 'dataset.npz']
     """
     if isinstance(p, StudyReport):
         begun: Stage = ReportStage(p, dtype)

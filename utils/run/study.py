@@ -55,6 +55,9 @@ def read_study(path: Path | str, notebooks: Path | str = "notebooks") -> Study:
     path: the YAML file; notebooks: folder of the notebooks 01 to 06.
 
     Raises ValueError with one sentence.
+
+    >>> read_study("studies/quickstart.yaml").runs
+    ['quickstart']
     """
     path = Path(path)
     content = _content(path)

@@ -79,6 +79,13 @@ def read_table(path: Path | str, file: str | None = None, pooled: bool = False) 
     pooled: whether a column `run` comes first.
 
     Raises ValueError with one sentence where the file is no such table.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "training.csv")
+    >>> row = {"step": [1], "phase": ["adam"], "gradient_norm": [0.1 + 0.2], "objective": [2]}
+    >>> write_table(path, path.name, pd.DataFrame(row))
+    >>> float(read_table(path)["gradient_norm"][0])
+    0.30000000000000004
     """
     file = file or Path(path).name
     schema = _schema(file, pooled)
