@@ -37,10 +37,8 @@ def test_k_step_by_enumeration(pool, tolerance):
         for k in range(1, n):
             worst[k] = max(worst.get(k, Fraction(0)), abs(mean[k] - mean[k - 1]))
     if any(abs(w - limit) < Fraction(1, 10**9) for w in worst.values()):
-        limit, tolerance = (
-            limit + Fraction(1, 10**6),
-            tolerance + 1e-6,
-        )  # not on the edge: rounding would decide
+        limit += Fraction(1, 10**6)  # not on the edge: rounding would decide
+        tolerance += 1e-6
     brute = next(k for k in range(1, n + 1) if all(worst[j] <= limit for j in range(k, n)))
     assert k_step(pool, tolerance) == brute
     assert k_step(np.array(pool), 1e9) == 1

@@ -91,7 +91,9 @@ def gradient_moments(losses: Losses) -> Moments:
     return pair_moments(losses.sample_gradients().cpu())
 
 
-def _norm_limits(norms: Tensor, pairs: int, kurtosis: float, failure: float):
+def _norm_limits(
+    norms: Tensor, pairs: int, kurtosis: float, failure: float
+) -> tuple[float, Spread]:
     """A unit, and the limits of E (M/unit)^2: the fourth power of a bound may be no double."""
     unit = norms.max().item() or 1.0
     squares = (norms / unit) ** 2
@@ -141,15 +143,15 @@ def ball_forecast(
     spreads: dict[str, tuple[float, Spread]] = {
         name: (1.0, limits(*both, pairs, kurtosis, failure)) for name, both in moments.items()
     }
-    bounded = norms is not None and bool(norms.isfinite().all())
-    if bounded:
+    unbounded = norms is not None and not bool(norms.isfinite().all())
+    if norms is not None and not unbounded:
         spreads["moment"] = _norm_limits(norms, 2 * pairs, kurtosis, failure)
     worst = max(spread.kurtosis for _, spread in spreads.values())
     central = {name: unit * math.sqrt(s.estimate) for name, (unit, s) in spreads.items()}
     upper = {name: unit * math.sqrt(s.upper) for name, (unit, s) in spreads.items()}
     terms = central | {f"{name}_upper": root for name, root in upper.items()}
     terms |= {"pairs": pairs, "kurtosis": worst, "pilot_failure": share, "remainder": remainder}
-    if norms is not None and not bounded:
+    if unbounded:
         central["moment"] = upper["moment"] = math.inf
     more = {"remainder": remainder, "kurtosis": worst}
     k = _size(central, radius, tolerance, confidence, **more)

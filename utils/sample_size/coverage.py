@@ -88,6 +88,7 @@ def forecasts(
 
     >>> import torch
     >>> from utils.sample_size import pilot
+    >>> _ = torch.manual_seed(0)
     >>> measured = pilot(torch.nn.Linear(2, 3), torch.randn(99, 2), torch.arange(99) % 3)
     >>> table = forecasts(measured, measured.surface_losses, [0.5], 0.9)
     >>> list(table["criterion"][:3])
@@ -125,6 +126,7 @@ def checks(
 
     >>> import torch
     >>> from utils.sample_size import pilot
+    >>> _ = torch.manual_seed(0)
     >>> measured = pilot(torch.nn.Linear(2, 3), torch.randn(99, 2), torch.arange(99) % 3)
     >>> orders = np.stack([np.random.default_rng(i).permutation(99) for i in range(50)])
     >>> table = checks(measured, measured.surface_losses, [0.5], 0.9, orders)
@@ -147,9 +149,10 @@ def checks(
             sizes["fixed probes, pilot's S"] = probed
         typical = math.ceil(terms["S"] / tolerance)
         sizes["one step (control)"] = min(n, max(1, typical))
-        sizes["worst step (control)"] = int(min(n, pilot.step(tolerance, confidence).k))
+        sizes["worst step (control)"] = min(n, pilot.step(tolerance, confidence).k)
         for rule, k in sizes.items():
-            rows.append((tolerance, rule, k, *exceedance(held, k, tolerance, orders)))
+            counted = exceedance(held, int(k), tolerance, orders)
+            rows.append((tolerance, rule, int(k), *counted))
     columns = ["tolerance", "rule", "k", "failures", "low", "high"]
     table = pd.DataFrame(rows, columns=columns).assign(promised=1 - confidence)
     verdict = np.where(table["low"] > table["promised"], "broken", "kept")

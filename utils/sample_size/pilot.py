@@ -119,6 +119,7 @@ class Pilot:
         the kurtosis; see `label_ceiling` and `loss_ceiling`. Raises ValueError out of range.
         Source: Theorem (thm:neighbourhood).
 
+        >>> _ = torch.manual_seed(0)
         >>> x, y = torch.randn(400, 2), torch.arange(400) % 3
         >>> pilot(torch.nn.Linear(2, 3), x, y).surface(tolerance=5.0).verdict
         'enough'
@@ -153,6 +154,7 @@ class Pilot:
 
         >>> from utils.models import build_model
         >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
+        >>> _ = torch.manual_seed(0)
         >>> x, y = torch.randn(400, 2), torch.arange(400) % 3
         >>> pilot(network, x, y, ball=0.01).ball(tolerance=5.0).verdict
         'enough'
@@ -177,6 +179,7 @@ class Pilot:
 
         >>> from utils.models import build_model
         >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
+        >>> _ = torch.manual_seed(0)
         >>> x, y = torch.randn(400, 2), torch.arange(400) % 3
         >>> measured = pilot(network, x, y, ball=0.01)
         >>> measured.excess(0.2).k == measured.ball(0.1).k
@@ -192,6 +195,7 @@ class Pilot:
         tolerance: tau > 0. confidence: 1 - delta. Raises ValueError out of range.
         Source: Proposition (prop:exchangeable).
 
+        >>> _ = torch.manual_seed(0)
         >>> x, y = torch.randn(60, 2), torch.arange(60) % 3
         >>> pilot(torch.nn.Linear(2, 3), x, y).next(tolerance=1.0).verdict
         'enough'
@@ -215,6 +219,7 @@ class Pilot:
         Raises ValueError out of range and, at radius > 0, for networks that the rung does not know.
         Source: Theorem (thm:k-step).
 
+        >>> _ = torch.manual_seed(0)
         >>> x, y = torch.randn(60, 2), torch.arange(60) % 3
         >>> pilot(torch.nn.Linear(2, 3), x, y).step(tolerance=1.0).verdict  # no known ceiling
         'cannot tell'
@@ -329,6 +334,7 @@ def required_samples(
     rung, remainder: `Pilot.ball` and `Pilot.excess`, rung also `Pilot.step`. gap: `Pilot.excess`.
     Raises ValueError for an unknown criterion and for values out of range.
 
+    >>> _ = torch.manual_seed(0)
     >>> x, y = torch.randn(400, 2), torch.arange(400) % 3
     >>> print(required_samples(torch.nn.Linear(2, 3), x, y, tolerance=5.0).sentence[:6])
     enough
@@ -336,12 +342,26 @@ def required_samples(
     _check(tolerance, confidence)
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}: choose one of {', '.join(CRITERIA)}.")
-    about = {"radius": radius, "ball": radius, "fitted_on": fitted_on, "loss": loss}
-    about |= {"kurtosis": kurtosis, "n_probes": n_probes, "seed": seed}
-    measured = pilot(model, x, y, **about, **options)
+    measured = pilot(
+        model,
+        x,
+        y,
+        radius=radius,
+        ball=radius,
+        fitted_on=fitted_on,
+        loss=loss,
+        kurtosis=kurtosis,
+        n_probes=n_probes,
+        seed=seed,
+        **options,
+    )
     curved = {"rung": rung, "remainder": remainder}
-    more = {"surface": {"ceiling": ceiling}, "ball": curved, "excess": curved | {"gap": gap}}
-    more["step"] = {"radius": radius, "rung": rung}
+    more: dict[str, dict] = {
+        "surface": {"ceiling": ceiling},
+        "ball": curved,
+        "excess": curved | {"gap": gap},
+        "step": {"radius": radius, "rung": rung},
+    }
     return getattr(measured, criterion)(tolerance, confidence, **more.get(criterion, {}))
 
 

@@ -121,7 +121,7 @@ def baselines(values, tolerance: float, targets=None, seed: int = 0) -> dict:
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     m = values.shape[1]
     S = math.sqrt(values.var(1, ddof=1).mean())
-    sizes = {"one step": max(1.0, math.ceil(S / tolerance))}
+    sizes: dict = {"one step": max(1.0, math.ceil(S / tolerance))}
     sizes["doubling"] = doubling(values, tolerance, seed)
     k = np.unique(np.geomspace(min(4, m // 2), m // 2, 20).astype(int))
     curve = settling_curve(values, k, seed=seed)

@@ -81,7 +81,7 @@ def worst_range(
     2.0
     """
     parts = {"value": float(values.max() - values.min()), "gradient": 0.0, "curvature": 0.0}
-    if radius > 0:
+    if norms is not None:
         parts["gradient"] = radius * distance
         parts["curvature"] = radius**2 * norms.max().item()
     return parts | {"D": sum(parts.values())}

@@ -93,8 +93,8 @@ def k_surface(
     rate = 1 / n + delta * scale
     if rate == 0:
         return math.inf
-    by_second = max(1, min(n, math.ceil(1 / rate)))
-    if kurtosis is None or math.isinf(by_second):
+    by_second = int(max(1, min(n, math.ceil(1 / rate))))
+    if kurtosis is None:
         return by_second
     allowed = delta * scale**2
     if fourth_moment(by_second, kurtosis, n) > allowed:
