@@ -37,6 +37,7 @@ def required_samples(
     rung, remainder: `Pilot.ball` and `Pilot.excess`, rung also `Pilot.step`. gap: `Pilot.excess`.
     Raises ValueError for an unknown criterion and for values out of range.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> x, y = torch.randn(400, 2), torch.arange(400) % 3
     >>> print(required_samples(torch.nn.Linear(2, 3), x, y, tolerance=5.0).sentence[:6])
