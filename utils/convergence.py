@@ -41,10 +41,10 @@ from utils.surface.neighbourhood import (  # noqa: F401
     Eigenspace,
     Spreads,
     gaussian_probes,
-    plane_losses,
     spreads,
     top_eigenspace,
 )
 from utils.surface.orders import log_grid, random_orders, typical_first_orders  # noqa: F401
+from utils.surface.plane import plane_losses  # noqa: F401
 from utils.surface.retraining import projected_descent, retrain  # noqa: F401
 from utils.surface.verdicts import verdict  # noqa: F401

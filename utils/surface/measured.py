@@ -175,6 +175,29 @@ def measure_halves(
     return pd.concat(tables, ignore_index=True)
 
 
+def table_of(
+    k: np.ndarray,
+    rms: tuple[np.ndarray, np.ndarray, np.ndarray],
+    slope: tuple[float, float, float, float],
+    upper: ArrayLike = np.nan,
+) -> pd.DataFrame:
+    """A table of rms values and of their slope that were estimated otherwise.
+
+    Args:
+        k: (points,) sizes [examples].
+        rms: value, low and high, each (points,).
+        slope: value, low, high and exact.
+        upper: (points,) bound on the rms.
+
+    >>> nan = np.full(1, np.nan)
+    >>> table_of(np.array([5]), (nan, nan, nan), (1.0, 0.9, 1.1, 1.0))["quantity"].tolist()
+    ['rms', 'slope']
+    """
+    *found, exact = slope
+    tables = [_rows(k, "rms", rms, np.nan, upper), _slope(found, exact)]
+    return pd.concat(tables, ignore_index=True)
+
+
 def rms_of(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the rms, with two columns more: `ratio` to the exact value, and `inside`.
 

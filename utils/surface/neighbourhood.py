@@ -7,6 +7,7 @@ Streams: `gaussian_probes` is torch's 0x6A55 + seed, `spreads` torch's 0x5163 + 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -256,6 +257,63 @@ def closed_form_ratios(spread: Spreads, sigma: float, values: ArrayLike) -> dict
     }
 
 
+def radii_between(radii: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
+    """Three more radii where a closed form first leaves the truth by more than 10 %.
+
+    Args:
+        radii: increasing, in any unit.
+        ratios: form over truth at each [1].
+
+    Returns:
+        None where it is off at the first radius, or at no radius.
+
+    >>> radii_between([1.0, 16.0], [1.0, 2.0])
+    array([2., 4., 8.])
+    """
+    off = [abs(ratio - 1) > 0.1 for ratio in ratios]
+    if off[0] or not any(off):
+        return np.array([])
+    first = off.index(True)
+    return np.geomspace(radii[first - 1], radii[first], 5)[1:-1]
+
+
+def closed_forms(
+    spread: Spreads,
+    length: float,
+    P: int,
+    values: Mapping[float, np.ndarray],
+    draw: Callable[[float], np.ndarray],
+) -> pd.DataFrame:
+    """`closed_form_ratios` at some radii, and at three more where the closed form first fails.
+
+    Args:
+        spread: at the centre.
+        length: |w0| [units of weight].
+        P: how many weights [1].
+        values: by radius f [fraction of |w0|], increasing, losses (m, n) at m weights drawn with
+            sigma = f |w0| / sqrt(P) [nat].
+        draw: such losses for any other radius.
+
+    Returns:
+        A row a radius, increasing: radius, and what `closed_form_ratios` returns.
+
+    >>> flat = Spreads(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    >>> values = {0.1: np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])}
+    >>> closed_forms(flat, 1.0, 4, values, None)["sigma"].tolist()
+    [0.05]
+    """
+
+    def row(radius: float, losses: np.ndarray) -> dict[str, float]:
+        sigma = radius * length / P**0.5
+        return {"radius": radius} | closed_form_ratios(spread, sigma, losses)
+
+    rows = {radius: row(radius, losses) for radius, losses in values.items()}
+    ratios = [found["with"] for found in rows.values()]
+    for radius in radii_between(list(rows), ratios):
+        rows[radius] = row(radius, draw(radius))
+    return pd.DataFrame([rows[radius] for radius in sorted(rows)])
+
+
 def range_within(table: pd.DataFrame, column: str, tolerance: float = 0.1) -> tuple[int, int]:
     """Up to where a closed form is near the truth: places in (0, sigma_1, .., sigma_m, inf).
 
@@ -277,30 +335,3 @@ def range_within(table: pd.DataFrame, column: str, tolerance: float = 0.1) -> tu
     beyond = np.flatnonzero(off > np.maximum(tolerance, table["error"]))
     beyond = beyond[beyond >= inside]
     return inside, int(beyond[0]) + 1 if len(beyond) else len(table) + 1
-
-
-def plane_losses(
-    losses: Losses, axes: Tensor, extent: float, points: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Losses of every example on a plane through the weights.
-
-    Args:
-        losses: of n examples, as a function of the P weights.
-        axes: (2, P) of unit length.
-        extent: of the plane to each side [units of weight].
-        points: on each side [1].
-
-    Returns:
-        Coordinates (points,) and losses (points, points, n) at w0 + s axes[0] + t axes[1]: the
-        first index is t, the second s, as a picture has rows and columns.
-
-    >>> losses = Losses(torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1]))
-    >>> plane_losses(losses, torch.eye(6, dtype=torch.float64)[:2], 1.0, 3)[1].shape
-    (3, 3, 2)
-    """
-    at = np.linspace(-extent, extent, points)
-
-    def values(s: float, t: float) -> np.ndarray:
-        return losses.values(losses.w + s * axes[0] + t * axes[1]).double().cpu().numpy()
-
-    return at, np.array([[values(s, t) for s in at] for t in at])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -72,6 +73,56 @@ def retrain(
         }
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def retrain_from_seeds(
+    build: Callable[[int], nn.Module],
+    seeds: Sequence[int],
+    limit: nn.Module,
+    converged: bool,
+    x: Tensor,
+    y: Tensor,
+    sizes: Sequence[int],
+    x_test: Tensor,
+    y_test: Tensor,
+    loss: str = "cross_entropy",
+    **options,
+) -> pd.DataFrame:
+    """`retrain` from several initialisations, each with its own limit on all n examples.
+
+    Args:
+        build: returns the initial network of a seed.
+        seeds: of the initialisations, and of the order of the batches.
+        limit: the network trained on all n from the first seed; the others are trained here.
+        converged: whether its training ended by the stopping rule.
+        x: (n, ...) training examples.
+        y: (n,) labels.
+        sizes: the k [examples].
+        x_test: (m, ...) held-out examples.
+        y_test: (m,) labels.
+        loss: its name.
+        options: of `training.train`.
+
+    Returns:
+        The columns of `retrain`, with init (0, 1, ..), limit_converged, and H_n, the norm of the
+        Hessian of L_n at the limit [nat/w^2]; empty without sizes.
+
+    >>> x, y = torch.eye(4), torch.tensor([0, 1, 0, 1])
+    >>> options = {"l2": 0.1, "epochs": 1, "batch_size": 2, "polish_steps": 1}
+    >>> make, limit = lambda seed: nn.Linear(4, 2), nn.Linear(4, 2)
+    >>> len(retrain_from_seeds(make, [0, 1], limit, True, x, y, [2, 4], x, y, **options))
+    4
+    """
+    tables = []
+    for init, seed in enumerate(seeds if sizes else ()):
+        if init > 0:
+            limit = build(seed)
+            converged = training.train(limit, x, y, loss=loss, seed=seed, **options).converged
+        fresh = partial(build, seed)
+        table = retrain(fresh, x, y, sizes, limit, x_test, y_test, loss, seed=seed, **options)
+        norm = hessian_norm(limit, x, y, loss, tolerance=1e-3).value
+        tables.append(table.assign(init=init, limit_converged=converged, H_n=norm))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def projected_descent(

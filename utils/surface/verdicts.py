@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from utils.surface.claims import Claim
 from utils.surface.intervals import binomial_interval
 
 NONE = (math.nan, math.nan)  # an interval, or theory, that is not there
@@ -36,6 +37,27 @@ def verdict(low: float, high: float, theory_low: float, theory_high: float | Non
     if np.isnan([low, high, theory_low, theory_high]).any():
         return "cannot tell"
     return "agrees" if low <= theory_high and theory_low <= high else "differs"
+
+
+def inequality(broken: bool, known: bool = True, slack: float = 1.0) -> str:
+    """Whether a proved inequality holds.
+
+    Args:
+        broken: something measured exceeds the bound.
+        known: the bound is there, everywhere.
+        slack: bound over what was measured, least [1].
+
+    Returns:
+        "violated", "no bound", "holds", or "vacuous" where nothing came within a factor of 1000.
+
+    >>> inequality(False, slack=2.0), inequality(False, slack=1e6)
+    ('holds', 'vacuous')
+    """
+    if broken:
+        return "violated"
+    if not known:
+        return "no bound"
+    return "vacuous" if slack > 1e3 else "holds"
 
 
 def with_interval(value: float, low: float, high: float, digits: int = 3) -> str:
@@ -89,9 +111,8 @@ class Record:
     """What one run measured and claims: the rows of convergence.csv and of verdicts.csv.
 
     >>> record = Record(100)
-    >>> record.claim("a slope", "prop:rate", -1.0, (-1.1, -0.9), -1.0, fails=True)
-    >>> record.verdicts()["verdict"].item()
-    'agrees'
+    >>> record.claim(Claim("a slope", "prop:rate"), -1.0, (-1.1, -0.9), -1.0, fails=True)
+    a slope: -1 [-1.1, -0.9], agrees.
     """
 
     NUMBERS = ("value", "low", "high", "theory_low", "theory_high")
@@ -118,75 +139,69 @@ class Record:
 
     def claim(
         self,
-        text: str,
-        whose: str,
+        claim: Claim,
         value: float,
         interval: tuple[float, float] = NONE,
         theory: float | tuple[float, float] = math.nan,
         word: str | None = None,
-        control: str = "",
         fails: bool = False,
-        pooled: str = "seeds",
         trials: int = 0,
+        **words,
     ) -> None:
-        """A row of verdicts.csv.
+        """A row of verdicts.csv, which is printed as well.
 
         Args:
-            text: the claim.
-            whose: theorem or paper.
+            claim: of `utils.surface.claims`.
             value: measured.
             interval: of the value.
             theory: value, or its two ends.
             word: the verdict, if it is not that of `verdict`.
-            control: the same measurement where the claim should fail, in words.
             fails: the control came out otherwise.
-            pooled: how notebook 07 joins runs: seeds, counts, largest or range.
             trials: behind a share [1].
+            words: for the braces in the claim.
         """
         ends = theory if isinstance(theory, tuple) else (theory, theory)
         word = word or verdict(*interval, *ends)
         if word in ("agrees", "holds") and not fails:
             word = "proves nothing"
-        numbers = dict(zip(self.NUMBERS, map(float, (value, *interval, *ends)), strict=True))
-        words = {"claim": text, "whose": whose, "verdict": word, "control": control}
-        joining = {"control_failed": bool(fails), "pooled": pooled, "trials": trials}
-        self.claims.append(words | numbers | joining)
+        row = {"claim": claim.text.format(**words), "whose": claim.whose}
+        row |= dict(zip(self.NUMBERS, map(float, (value, *interval, *ends)), strict=True))
+        row |= {"verdict": word, "control": claim.control.format(**words)}
+        row |= {"control_failed": bool(fails), "pooled": claim.pooled, "trials": trials}
+        self.claims.append(row)
+        said = f"{row['claim']}: {with_interval(value, *interval)}, {word}"
+        print(f"{said} (control: {row['control']})." if claim.control else f"{said}.")
 
-    def claim_slope(
-        self, text: str, whose: str, slope: Slope, beside: str, control: Slope, word=None
-    ) -> None:
+    def claim_slope(self, claim: Claim, slope: Slope, control: Slope, word=None, **words) -> None:
         """A claim on a slope, whose control is a slope through the same fit.
 
         Args:
-            text: the claim.
-            whose: theorem or paper.
+            claim: of `utils.surface.claims`, its control with {control}.
             slope: measured.
-            beside: the control in words, before its numbers.
             control: has failed where its interval leaves out the exact value of the claim.
             word: the verdict, if it is not that of `verdict`.
+            words: for the other braces in the claim.
         """
         fails = control.misses(slope.exact)
-        against = f"{beside}: {control}"
-        self.claim(text, whose, slope.value, slope[1:3], slope.exact, word, against, fails)
+        numbers = slope.value, (slope.low, slope.high), slope.exact
+        self.claim(claim, *numbers, word, fails, control=control, **words)
 
     def claim_share(
-        self, text: str, whose: str, hits: int, trials: int, theory, word: str, control: str, fails
+        self, claim: Claim, hits: int, trials: int, theory, word: str, fails: bool, /, **words
     ) -> None:
         """A claim on a share of trials, with its exact binomial interval.
 
         Args:
-            text: the claim.
-            whose: theorem or paper.
+            claim: of `utils.surface.claims`.
             hits: how many of the trials [1].
             trials: how many in all [1].
             theory: value, or its two ends.
             word: the verdict.
-            control: in words.
             fails: the control came out otherwise.
+            words: for the braces in the claim.
         """
         interval = binomial_interval(hits, trials)
-        share = hits / trials
-        self.claim(text, whose, share, interval, theory, word, control, fails, "counts", trials)
+        self.claim(claim, hits / trials, interval, theory, word, fails, trials, **words)
 
     def measurements(self) -> pd.DataFrame:
         """convergence.csv."""
@@ -204,7 +219,8 @@ def in_words(verdicts: pd.DataFrame) -> pd.DataFrame:
         verdicts: as `Record.verdicts` returns it.
 
     >>> record = Record(100)
-    >>> record.claim("a slope", "prop:rate", -1.0, (-1.1, -0.9), -1.0, fails=True)
+    >>> record.claim(Claim("a slope", "prop:rate"), -1.0, (-1.1, -0.9), -1.0, fails=True)
+    a slope: -1 [-1.1, -0.9], agrees.
     >>> in_words(record.verdicts())["measured"].item()
     '-1 [-1.1, -0.9]'
     """
