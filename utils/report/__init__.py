@@ -1,5 +1,9 @@
-"""What the runs of a study found together: notebook 07."""
+"""What the runs of a study found together: notebook 07.
 
+`over_runs` joins what single runs claim, `tables` and `pictures` show it, `findings` sums it up.
+"""
+
+from utils.report.findings import Findings
 from utils.report.over_runs import (
     beside_published,
     over_seeds,
@@ -10,6 +14,7 @@ from utils.report.over_runs import (
 )
 
 __all__ = [
+    "Findings",
     "beside_published",
     "over_seeds",
     "pooled_verdicts",
