@@ -734,7 +734,7 @@ def test_model_is_left_alone():
 
 def test_ten_pilots_of_the_study(tmp_path):
     """`make coverage`, ten pilots a cell on the data that need no download: same truths as committed, promises kept."""
-    script = [sys.executable, "tests/check_coverage.py", "--pilots", "10", "--parts", "fixed", "--out", str(tmp_path)]
+    script = [sys.executable, "-m", "workflow.experiments.coverage", "--pilots", "10", "--parts", "fixed", "--out", str(tmp_path)]
     done = subprocess.run(script, cwd=ROOT, env=os.environ | {"DATA_ROOT": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found, committed = (pd.read_csv(f / "fixed.csv") for f in (tmp_path, ROOT / "data/results/coverage"))

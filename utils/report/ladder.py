@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from utils.figures import ROLES, band, save_figure, use_theme
-from utils.runs import RESULTS
+from utils.run import RESULTS
 
 STUDY = "digits_ladder"
 # column `rung` of ladder.csv -> the rung's name in ROLES, from the loosest to the tightest
@@ -23,6 +23,7 @@ RUNGS = {
     "majorant": "majorant",
 }
 CLOSE = ["tangents", "majorant", "certified"]  # those that a second panel magnifies
+DECADES = ["decades", "low", "high"]
 
 
 def decades_lost(ladder: pd.DataFrame, certified_cost: float) -> pd.DataFrame:
@@ -103,7 +104,8 @@ def draw(table: pd.DataFrame) -> Figure:
         label = f"{rung}: {cost_label(rows['products'])}"
         draw_rung(whole, rows, rung, label)
         if rung in CLOSE:
-            factors = rows.assign(**(10 ** rows[["decades", "low", "high"]]))
+            factors = rows.copy()
+            factors[DECADES] = 10 ** rows[DECADES]
             draw_rung(magnified, factors, rung, label)
     whole.set(ylabel=r"$\log_{10}$ (bound / measured)", title="Decades lost by each bound")
     magnified.set(yscale="log", ylabel="bound / measured", title="The tight ones, as a factor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from utils.runs import RESULTS
+from utils.run import RESULTS
 
 STUDIES = [
     "quickstart",

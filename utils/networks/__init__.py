@@ -1,0 +1,24 @@
+"""The networks of notebook 02: two of our own, or a user's, built, described and restored.
+
+`vit`, `mlp`: the networks. `build`: from a specification. `restore`: from what a run has written.
+`losses`: of one example. `contract`: what a model has to satisfy. `training` uses the Hessian
+package and is imported as `utils.networks.training`.
+"""
+
+from utils.networks.build import build_for_data, build_model
+from utils.networks.mlp import MLP
+from utils.networks.restore import describe, load_state, read_weights, restore, untrained
+from utils.networks.vit import ViT, ViTConfig
+
+__all__ = [
+    "MLP",
+    "ViT",
+    "ViTConfig",
+    "build_for_data",
+    "build_model",
+    "describe",
+    "load_state",
+    "read_weights",
+    "restore",
+    "untrained",
+]

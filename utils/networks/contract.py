@@ -1,0 +1,95 @@
+"""What a model has to satisfy: the loss of an example is a smooth function of the weights alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from utils.networks.losses import logits
+
+
+@contextmanager
+def second_order_mode() -> Iterator[None]:
+    """Attention by its mathematical kernel: the fused ones have no second derivative.
+
+    >>> with second_order_mode():
+    ...     torch.backends.mha.get_fastpath_enabled()
+    False
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def prepared_copy(
+    model: nn.Module,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """A copy of `model` in eval mode and in `dtype`, all its weights free to move.
+
+    device  of the copy; default: where the model is
+    The model handed in keeps its `.grad`, modes and frozen weights.
+
+    >>> prepared_copy(nn.Linear(2, 3)).weight.dtype
+    torch.float64
+    """
+    twin = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+    for p in twin.parameters():
+        p.grad = None
+        p.requires_grad_(True)
+    return twin
+
+
+def refuse_random_or_batch_dependent(model: nn.Module, x: Tensor) -> None:
+    """Raise ValueError unless l_i(w) is a function of the weights w and of example i alone.
+
+    model  anything that maps inputs to logits (n, K): no dropout, no batch statistics
+    x      inputs (n, ...), of which the first two are looked at
+
+    >>> refuse_random_or_batch_dependent(nn.Linear(2, 3), torch.zeros(4, 2))
+    """
+    _refuse_modules(model)
+    with torch.no_grad(), second_order_mode():
+        together = logits(model, x[:2])
+        again = logits(model, x[:2])
+        alone = logits(model, x[:1])
+    if together.ndim != 2:
+        shape = tuple(together.shape)
+        raise ValueError(f"The model returns shape {shape}: it has to return logits (n, classes).")
+    if not together.isfinite().all():
+        raise ValueError(
+            "The model's output is not a finite number: look at its weights and at the inputs."
+        )
+    if not torch.equal(together, again):
+        raise ValueError(
+            "The model gives two outputs for one input: switch its randomness off and run again."
+        )
+    if not torch.allclose(together[:1], alone, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            "The model's output for an example depends on the rest of the batch: "
+            "remove that and run again."
+        )
+
+
+def _refuse_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ValueError(
+                f"{name} uses batch statistics: replace it (LayerNorm, GroupNorm) and run again."
+            )
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            raise ValueError(
+                f"{name} is dropout with p = {module.p}: build the model with p = 0 and run again."
+            )
