@@ -35,6 +35,7 @@ from utils.hessian import (
     per_sample_losses,
     spectral_density,
 )
+from utils.hessian.coordinates import select_parameters
 from utils.hessian.derivatives import dense_hessian, per_sample_hessian_vector_product
 from utils.hessian.operations import operations
 
@@ -262,3 +263,34 @@ def test_arguments_that_make_no_sense():
         refused(
             lambda c=confidence: hessian_norm(model, x, y, certify=True, confidence=c), "confidence"
         )
+
+
+def test_names_are_taken_literally_before_they_are_patterns():
+    names = ["d.[ab].weight", "d.a.weight", "d.b.weight", "d.l?.weight", "d.l1.weight"]
+    assert select_parameters(names, ["d.[ab].weight"]) == ["d.[ab].weight"]
+    assert select_parameters(names, ["d.l?.weight", "d.b*"]) == ["d.b.weight", "d.l?.weight"]
+    assert select_parameters(names, ["d.[ab]*"]) == ["d.a.weight", "d.b.weight"]
+    assert select_parameters(names, None) == names
+    refused(lambda: select_parameters(names, ["head"]), "head", "d.l1.weight")
+
+
+def test_arrays_of_numpy_and_lists_are_taken():
+    model, (x, y) = Wrapped(nn.Identity()).double(), samples()
+    expected = per_sample_losses(model, x, y)
+    for labels in (y.numpy(), y.tolist(), y.numpy().astype("uint8"), y.to(torch.int32)):
+        assert torch.equal(per_sample_losses(model, x.numpy(), labels), expected)
+    refused(lambda: Losses(nn.Flatten(), x, y), "no parameters")
+
+
+def test_a_parameter_without_axes_is_a_coordinate():
+    class Temperature(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.tensor(0.3)), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.scale.exp() * self.head(x.flatten(1))
+
+    model, (x, y) = Temperature().double(), samples()
+    close(dense_hessian(model, x, y), reference(model, x, y, "cross_entropy")[2])
+    assert hessian_norm(model, x, y).converged

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from reference import (
@@ -11,6 +12,7 @@ from reference import (
     Late,
     TwoLinear,
     case,
+    never,
     norms_of,
     randomised,
     reference,
@@ -19,16 +21,21 @@ from reference import (
     vit,
 )
 from refusal import refused
+from torch import nn
 from torch.nn import functional as F
 
 from utils.hessian import (
+    Losses,
+    hessian_block_norms,
     hessian_difference_norms,
     hessian_norm,
     hessian_trace,
     per_sample_gradients,
     per_sample_hessian_norms,
+    spectral_density,
 )
 from utils.hessian import lanczos as module
+from utils.hessian.lanczos import lanczos
 
 
 def scaled(make, scale):
@@ -241,3 +248,78 @@ def test_half_trained_network():
         assert (
             (error <= tolerance) | ~found.converged
         ).all() and found.converged.double().mean() >= 0.95
+
+
+class Adapter(nn.Module):
+    """A pair of adapters that are both zero: their curvature is out of the gradient's sight."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.body, self.head, self.scale = nn.Linear(16, 8), nn.Linear(8, 3), scale
+        self.A, self.B = nn.Parameter(torch.zeros(4, 16)), nn.Parameter(torch.zeros(8, 4))
+
+    def forward(self, x):
+        z = x.flatten(1)
+        return self.head(torch.tanh(self.body(z) + self.scale * (z @ self.A.T @ self.B.T)))
+
+
+def doubled(scale, times=2):
+    """A network whose hidden units come `times` times, as Net2Net widens it."""
+    layers = nn.Linear(16, 4), nn.Linear(4, 3)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 4 * times), nn.Tanh(), nn.Linear(4 * times, 3))
+    with torch.no_grad():
+        wide[1].weight.copy_(scale * torch.cat([layers[0].weight] * times))
+        wide[1].bias.copy_(scale * torch.cat([layers[0].bias] * times))
+        wide[3].weight.copy_(scale * torch.cat([layers[1].weight] * times, 1) / times)
+        wide[3].bias.copy_(scale * layers[1].bias)
+    return wide
+
+
+@pytest.mark.parametrize("scale", [4, 10, 16])
+@pytest.mark.parametrize("make", [Adapter, doubled, lambda s: doubled(s, 4)])
+def test_a_gradient_in_an_invariant_subspace_hides_nothing(make, scale):
+    torch.manual_seed(0)
+    model, (x, y) = make(scale).double(), samples(3, n=6)
+    exact = norms_of(sample_hessians(model, x, y))
+    found = per_sample_hessian_norms(model, x, y)
+    kept = exact > 1e-6 * exact.max()  # saturated examples are rounding
+    ratio = (found.value / exact)[kept]
+    assert found.converged.all() and (ratio >= 1 - 1e-3).all() and (ratio <= 1 + 1e-9).all()
+    if make is Adapter and scale == 16:  # the gradient alone misses the norm, and is content
+        losses = Losses(model, x, y)
+        ritz = lanczos(
+            lambda V, rows, out: losses.sample_products(V, rows),
+            losses.sample_gradients(),
+            max_steps=30,
+            done=never,
+        )
+        missed = ritz.value < 0.9 * exact
+        assert missed.any() and (ritz.residual <= 1e-4 * ritz.value)[missed].all()
+
+
+@pytest.mark.parametrize("scale", [1e-80, 1e-140, 2e-147])
+def test_norms_far_below_one_do_not_vanish(scale):
+    """Of size scale^2, down to 1e-294: squares of them are zero in double precision."""
+    x, y = samples(K=2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False)).double()
+    unit = per_sample_hessian_norms(model, 1e-3 * x, y).value / 1e-6 * scale**2
+    for certify in (False, True):
+        found = per_sample_hessian_norms(model, scale * x, y, certify=certify)
+        torch.testing.assert_close(found.value, unit, rtol=1e-2, atol=0)
+        assert found.converged.all() and (found.value > 0).all()
+    whole = hessian_norm(model, scale * x, y, certify=True)
+    dense = hessian_norm(model, 1e-3 * x, y, estimator="exact").value / 1e-6 * scale**2
+    assert whole.lower <= dense * 1.01 and dense * 0.99 <= whole.upper < 1.1 * dense
+    density = spectral_density(model, scale * x, y, probes=2, steps=9)
+    assert np.abs(density.nodes).max() == pytest.approx(whole.value, rel=0.1, abs=0)
+    blocks = hessian_block_norms(model, scale * x, y)
+    assert blocks.values[0, 0] == pytest.approx(whole.value, rel=1e-3, abs=0)
+
+
+def test_exact_is_honest_about_its_residual(monkeypatch):
+    """A matrix that the products do not have is no eigenvalue of theirs."""
+    model, (x, y) = randomised(vit(), 5), samples(n=3)
+    dense = Losses.dense
+    monkeypatch.setattr(Losses, "dense", lambda self, part="full": 1.2 * dense(self, part))
+    found = hessian_norm(model, x, y, estimator="exact")
+    assert not found.converged and found.residual == pytest.approx(found.value / 6, rel=1e-6)

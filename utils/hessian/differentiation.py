@@ -49,6 +49,7 @@ class Differentiation:
 
     def logits(self, point: Point, x: Tensor) -> Tensor:
         """The module's output (n, K) for x (n, ...), the parameters in `point` in their place."""
+        x = x.clone()  # a module may work on its input in place
         return functional_call(self.net, {f"net.{n}": t for n, t in point.items()}, (x,))
 
     def losses(self, point: Point, x: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Differentiation:
             except torch.OutOfMemoryError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
-                reason = str(error).strip().partition("\n")[0].rstrip(".")
+                reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
                 continue
             if _symmetric(pair, first, second):
                 return self.engine
@@ -166,8 +167,12 @@ def _example(inputs: Tensor | Point, i: int):
 def _symmetric(pair: list[Point], first: Point, second: Point) -> bool:
     """Whether u.(H v) = v.(H u) to the square root of rounding; first is H u, second H v."""
     u, v = pair
+    largest = max(t.abs().max() for image in (first, second) for t in image.values())
+    if not largest.isfinite():
+        return False
+    if largest == 0:
+        return True
+    first, second = ({n: t / largest for n, t in image.items()} for image in (first, second))
     difference = _inner(u, second) - _inner(v, first)
-    size = (_inner(u, u) * _inner(second, second)).sqrt() + _inner(v, v).sqrt() * _inner(
-        first, first
-    ).sqrt()
+    size = sum(_inner(a, a).sqrt() * _inner(b, b).sqrt() for a, b in ((u, second), (v, first)))
     return bool(difference.abs() <= torch.finfo(difference.dtype).eps ** 0.5 * size)

@@ -22,16 +22,13 @@ from torch import Tensor, nn
 from utils import calculus
 from utils.hessian.coordinates import Coordinates
 from utils.hessian.differentiation import PARTS, Differentiation
+from utils.hessian.memory import KEPT, MEMORY, WALK, activation_numbers
 from utils.models import (
     LOSSES,
     prepared_copy,
     refuse_random_or_batch_dependent,
     second_order_mode,
 )
-
-MEMORY = 2**31  # default budget of an estimator's working arrays [bytes]
-WALK = 6  # arrays for each activation of a forward pass that a product holds while it runs
-KEPT = 3  # the same between the products with one operator
 
 
 class Losses(Coordinates):
@@ -160,20 +157,8 @@ class Losses(Coordinates):
         return max(1, min(limit, self.memory // each))
 
     def _activations(self) -> int:
-        """Numbers in one example's activations, from one forward pass."""
-        if self._size is not None:
-            return self._size
-        sizes = []
-
-        def count(_, __, out):
-            sizes.append(out.numel() if isinstance(out, Tensor) else 0)
-
-        hooks = [m.register_forward_hook(count) for m in self.model.modules()]
-        with torch.no_grad(), second_order_mode():
-            self.model(self.x[:1])
-        for hook in hooks:
-            hook.remove()
-        self._size = sum(sizes)
+        if self._size is None:
+            self._size = activation_numbers(self.model, self.x[:1])
         return self._size
 
     # --- values, gradients, products --------------------------------------------------------------

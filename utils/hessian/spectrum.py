@@ -80,6 +80,11 @@ def hessian_trace(
         signs = signs[2 * third :]
         signs = signs - (signs @ Q) @ Q.T
     values = torch.stack([v @ product(v) for v in signs])
+    if not values.isfinite().all():
+        raise ValueError(
+            "A product with the Hessian is no finite number: look at the inputs and at operations "
+            "without a second derivative."
+        )
     error = values.std() / math.sqrt(len(values))
     return known + values.mean().item(), error.item()
 
