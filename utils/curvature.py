@@ -8,6 +8,7 @@ from utils.hessian.derivatives import (  # noqa: F401
     per_sample_hessian_vector_product,
     per_sample_losses,
 )
+from utils.hessian.differences import DifferenceNorms, hessian_difference_norms  # noqa: F401
 from utils.hessian.differentiation import PARTS, Logits  # noqa: F401
 from utils.hessian.lanczos import (  # noqa: F401
     Ritz,
@@ -19,9 +20,7 @@ from utils.hessian.lanczos import certified_upper as _certified  # noqa: F401
 from utils.hessian.lanczos import orthogonalise as _orthogonalise  # noqa: F401
 from utils.hessian.losses import MEMORY, Losses, SampleHessians  # noqa: F401
 from utils.hessian.norms import (  # noqa: F401
-    DifferenceNorms,
     NormEstimate,
-    hessian_difference_norms,
     hessian_norm,
     operator_norm,
     per_sample_hessian_norms,

@@ -69,6 +69,19 @@ class BlockNorms:
     values: np.ndarray
     residual: np.ndarray
 
+    def rows(self) -> list[dict]:
+        """One row for each block: row and column by label, value, residual; column by column."""
+        return [
+            {
+                "row": row,
+                "column": column,
+                "value": self.values[i, j],
+                "residual": self.residual[i, j],
+            }
+            for j, column in enumerate(self.groups)
+            for i, row in enumerate(self.groups)
+        ]
+
 
 def hessian_block_norms(
     model: nn.Module,

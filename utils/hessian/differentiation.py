@@ -28,6 +28,12 @@ PROBE = 0x5EED_0F_5411  # seed of the random directions that test an engine
 Point = dict[str, Tensor]
 
 
+def check_part(part: str) -> None:
+    """Raise ValueError unless `part` is "full", "gauss_newton" or "functional"."""
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}.")
+
+
 class Logits(nn.Module):
     """The module with its output reduced to the logits, so that `functional_call` sees a tensor."""
 
@@ -79,6 +85,16 @@ class Differentiation:
         with second_order_mode():
             return self._product(point, direction, x, y, part, weights)
 
+    def products(
+        self, point: Point, directions: Point, x: Tensor, y: Tensor, part: str, weights: Tensor
+    ) -> Point:
+        """`product` for many directions (m, ...) side by side."""
+
+        def one(direction):
+            return self._product(point, direction, x, y, part, weights)
+
+        return self._each(one, directions)
+
     def example_products(
         self, point: Point, directions: Point, x: Tensor, y: Tensor, part: str
     ) -> Point:
@@ -119,7 +135,8 @@ class Differentiation:
         with second_order_mode():
             if self.engine != "loop over examples":
                 return vmap(one)(*inputs)
-            count = len(inputs[-1])
+            first = inputs[0]
+            count = len(next(iter(first.values())) if isinstance(first, dict) else first)
             found = [one(*(_example(t, i) for t in inputs)) for i in range(count)]
         return {name: torch.stack([f[name] for f in found]) for name in found[0]}
 

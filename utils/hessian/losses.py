@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from utils import calculus
 from utils.hessian.coordinates import Coordinates
-from utils.hessian.differentiation import PARTS, Differentiation
+from utils.hessian.differentiation import Differentiation, check_part
 from utils.hessian.memory import KEPT, MEMORY, WALK, activation_numbers
 from utils.models import (
     LOSSES,
@@ -274,9 +274,19 @@ class Losses(Coordinates):
 
     def dense(self, part: str = "full") -> Tensor:
         """The Hessian (P, P) of the mean loss, by products with the unit vectors."""
-        H = self.hessian(part=part)
+        check_part(part)
         units = torch.eye(self.P, dtype=self.w.dtype, device=self.w.device)
-        return torch.stack([H(e) for e in units])
+        together = self.chunk(3) // self.n
+        if self.engine == "chain" or together < 2:
+            H = self.hessian(part=part)
+            return torch.stack([H(e) for e in units])
+        weights = self.w.new_full((self.n,), 1 / self.n)
+        rows = []
+        for some in units.split(together):
+            directions = self.unflatten(some)
+            found = self._automatic.products(self.point, directions, self.x, self.y, part, weights)
+            rows.append(self.flatten(found, (len(some),)))
+        return torch.cat(rows)
 
     def sample_products(self, v: Tensor, rows: Tensor | None = None, part: str = "full") -> Tensor:
         """h_i v_i (m, P) for the examples in `rows`, each with its own vector v (m, P)."""
@@ -352,9 +362,3 @@ class SampleHessians:
         with torch.no_grad():
             self._tape_of(local).product(directions, self.part, losses.unflatten(out))
         return out
-
-
-def check_part(part: str) -> None:
-    """Raise ValueError unless `part` is "full", "gauss_newton" or "functional"."""
-    if part not in PARTS:
-        raise ValueError(f"part is {part!r}: choose one of {', '.join(PARTS)}.")

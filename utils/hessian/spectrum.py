@@ -121,6 +121,16 @@ class SpectralDensity:
         mean = counts.mean(0)
         return mean, mean - error, mean + error
 
+    def rows(self, thresholds: Sequence[float]) -> list[dict]:
+        """One row for each sign and threshold: sign, threshold, count, low, high."""
+        found = []
+        for sign in (1, -1):
+            for t, count, low, high in zip(thresholds, *self.count(thresholds, sign)):
+                found.append(
+                    {"sign": sign, "threshold": t, "count": count, "low": low, "high": high}
+                )
+        return found
+
     def moment(self, power: int) -> tuple[float, float]:
         """tr H^power and its standard error; exact in the quadrature up to power 2 steps - 1."""
         values = self.P * (self.weights * self.nodes**power).sum(1)
