@@ -21,12 +21,15 @@ from refusal import refused
 from torch import nn
 from torch.nn import functional as F
 
-from utils import pyhessian_adapter as adapter
-from utils.curvature import Losses, dense_hessian
+from utils.hessian import Losses
+from utils.hessian import pyhessian as adapter
+from utils.hessian.derivatives import dense_hessian
 from utils.models import build_model, logits, loss_from_logits
 
 F64 = torch.float64
-DEFAULTS = dict(tolerance=1e-3, max_iterations=100, starts=1, rescale=False)  # what PyHessian takes by itself
+DEFAULTS = dict(
+    tolerance=1e-3, max_iterations=100, starts=1, rescale=False
+)  # what PyHessian takes by itself
 
 
 def randomised(model, seed, scale=0.8):
@@ -40,17 +43,31 @@ def randomised(model, seed, scale=0.8):
 
 
 def vit(seed=1, **sizes):
-    small = dict(image_size=4, channels=1, patch_size=2, n_classes=3, depth=1, n_heads=2, d_model=4, d_ff=4, eps=1e-2)
+    small = dict(
+        image_size=4,
+        channels=1,
+        patch_size=2,
+        n_classes=3,
+        depth=1,
+        n_heads=2,
+        d_model=4,
+        d_ff=4,
+        eps=1e-2,
+    )
     return randomised(build_model("vit", **(small | sizes)), seed)
 
 
 def mlp(seed=1):
-    return randomised(build_model("mlp", d_in=16, width=4, depth=1, n_classes=3, activation="gelu"), seed)
+    return randomised(
+        build_model("mlp", d_in=16, width=4, depth=1, n_classes=3, activation="gelu"), seed
+    )
 
 
 def samples(seed=0, n=5, K=3):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 1, 4, 4, generator=generator, dtype=F64), torch.randint(0, K, (n,), generator=generator)
+    return torch.randn(n, 1, 4, 4, generator=generator, dtype=F64), torch.randint(
+        0, K, (n,), generator=generator
+    )
 
 
 class Unused(nn.Module):
@@ -81,7 +98,9 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(
+            4, 2, 5, dropout=0.0, activation="gelu", batch_first=True
+        )
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
@@ -138,7 +157,11 @@ class Watched(nn.Module):
 def alone(dtype=F64, eig=None, seed=adapter.STREAM):
     """A place to run PyHessian: default dtype, seed and perhaps a `torch.eig`, put back afterwards."""
     default = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), patch.object(torch, "eig", eig or torch.eig):
+    with (
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+        patch.object(torch, "eig", eig or torch.eig),
+    ):
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         torch.set_default_dtype(dtype)
@@ -183,7 +206,10 @@ def rademacher(losses, probes, seed=0):
     """The probes (probes, P) that PyHessian draws for the parameters of `losses`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(adapter.STREAM + seed)
-        signs = [[torch.randint_like(t, high=2) * 2 - 1 for t in losses.point.values()] for _ in range(probes)]
+        signs = [
+            [torch.randint_like(t, high=2) * 2 - 1 for t in losses.point.values()]
+            for _ in range(probes)
+        ]
     return torch.stack([torch.cat([t.reshape(-1) for t in row]) for row in signs])
 
 
@@ -253,12 +279,18 @@ def test_trap_1_eigenvalues_stop_early_and_say_nothing():
         found = adapter.eigenvalue(losses)
         assert found.value == pytest.approx(norm, rel=1e-8) and found.residual <= 1e-4 * norm
         assert found.iterations > same.iterations
-        assert abs(found.reported) == pytest.approx(norm * (1 - 2e-6), rel=1e-8)  # vectors of length 1/(1 + 1e-6)
+        assert abs(found.reported) == pytest.approx(
+            norm * (1 - 2e-6), rel=1e-8
+        )  # vectors of length 1/(1 + 1e-6)
 
 
 def test_trap_1_opposite_ends():
     """Ends near lambda and -lambda stop the rule at a mixture, far below the norm: the residual says so."""
-    model = randomised(nn.Sequential(nn.Flatten(), nn.Linear(16, 6, bias=False), nn.Linear(6, 3, bias=False)), 7, 1e-2)
+    model = randomised(
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 6, bias=False), nn.Linear(6, 3, bias=False)),
+        7,
+        1e-2,
+    )
     x, y = samples()
     H = dense_hessian(model, x, y)
     ends = spectrum(H)[[0, -1]]
@@ -278,11 +310,15 @@ def test_trap_1_opposite_ends():
     best = int(theta.abs().argmax())
     assert best == 2 and found.value == pytest.approx(theta[best].abs().item(), rel=1e-8)
     assert found.reported == pytest.approx(values[best][0], rel=1e-8)
-    assert found.residual == pytest.approx((V[best] @ H - theta[best] * V[best]).norm().item(), rel=1e-6)
+    assert found.residual == pytest.approx(
+        (V[best] @ H - theta[best] * V[best]).norm().item(), rel=1e-6
+    )
     assert found.value <= norm_of(H) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("scale, rule, share", [(1e-4, {}, 0.97), (1e-6, dict(tol=1e-10, maxIter=1000), 0.6)])
+@pytest.mark.parametrize(
+    "scale, rule, share", [(1e-4, {}, 0.97), (1e-6, dict(tol=1e-10, maxIter=1000), 0.6)]
+)
 def test_trap_2_absolute_floors(scale, rule, share):
     """Inputs of size `scale` give a Hessian of size scale^2: 1e-8, and 1e-12."""
     model = randomised(nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False)), 1)
@@ -293,9 +329,13 @@ def test_trap_2_absolute_floors(scale, rule, share):
         (reported,), _ = pyhessian(model, scale * x, y).eigenvalues(**rule)
         (unscaled,), _ = pyhessian(model, x, y).eigenvalues(**rule)
     assert reported < share * norm_of(H)
-    assert unscaled > 0.99 * norm_of(dense_hessian(model, x, y))  # the rule is good enough at size 1
+    assert unscaled > 0.99 * norm_of(
+        dense_hessian(model, x, y)
+    )  # the rule is good enough at size 1
     check(model, scale * x, y)
-    assert adapter.eigenvalue(Losses(model, scale * x, y)).reported == pytest.approx(norm_of(H) * (1 - 2e-6), rel=1e-7)
+    assert adapter.eigenvalue(Losses(model, scale * x, y)).reported == pytest.approx(
+        norm_of(H) * (1 - 2e-6), rel=1e-7
+    )
 
 
 def test_trap_2_floors_in_the_quadrature():
@@ -304,7 +344,9 @@ def test_trap_2_floors_in_the_quadrature():
     losses, H = Losses(model, x, y), dense_hessian(model, x, y)
     factor = 2.0 ** -math.frexp(norm_of(H))[1]
     with alone(eig=plain_eig):
-        theirs = hessian(model, lambda f, y: factor * loss_from_logits(f, y).mean(), data=(x, y), cuda=False)
+        theirs = hessian(
+            model, lambda f, y: factor * loss_from_logits(f, y).mean(), data=(x, y), cuda=False
+        )
         nodes, weights = map(np.array, theirs.density(iter=20))
     v = rademacher(losses, 1)[0] / math.sqrt(losses.P)
     exact = (v @ torch.linalg.matrix_power(H, 6) @ v).item()
@@ -380,15 +422,17 @@ def test_trap_6_the_graph_is_kept():
     losses = Losses(Watched(vit()), x, y)
     Watched.graphs.clear()
     with warnings.catch_warnings(), warned_always():
-        warnings.simplefilter("error")  # torch warns of the cycle, and of the adapter it has nothing to say
+        warnings.simplefilter(
+            "error"
+        )  # torch warns of the cycle, and of the adapter it has nothing to say
         with pytest.raises(UserWarning, match="create_graph=True"):
             pyhessian(vit(), x, y)
         adapter.eigenvalue(losses)
         adapter.trace(losses, probes=2)
         adapter.density(losses, probes=1, steps=3)
-        with adapter._pyhessian(losses, 1.0, 0):  # built and not used
+        with adapter.prepared(losses, 1.0, 0):  # built and not used
             assert any(Watched.alive())
-        with pytest.raises(KeyError), adapter._pyhessian(losses, 1.0, 0):
+        with pytest.raises(KeyError), adapter.prepared(losses, 1.0, 0):
             raise KeyError
     alive = Watched.alive()
     assert len(alive) >= 5 and not any(alive)
@@ -473,7 +517,9 @@ def test_a_subset_of_the_parameters():
 
 def test_no_curvature():
     """A Hessian of zeros: value and residual are 0, and all the weight is at 0."""
-    losses = Losses(nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False)), 0 * samples()[0], samples()[1])
+    losses = Losses(
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False)), 0 * samples()[0], samples()[1]
+    )
     for options in ({}, DEFAULTS):
         found = adapter.eigenvalue(losses, **options)
         assert (found.value, found.reported, found.residual) == (0.0, 0.0, 0.0)
@@ -494,7 +540,15 @@ def test_everything_is_put_back(fails, monkeypatch):
         weights = [(n, p.tolist(), p.grad.tolist(), p.requires_grad) for n, p in named]
         flags = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
         default = torch.get_default_dtype(), torch.get_rng_state().tolist(), torch.is_grad_enabled()
-        return weights, flags, default, torch.eig, warnings.filters[:], x.grad, losses.model.training
+        return (
+            weights,
+            flags,
+            default,
+            torch.eig,
+            warnings.filters[:],
+            x.grad,
+            losses.model.training,
+        )
 
     if fails is not None:
         monkeypatch.setattr(hessian, fails, lambda *_, **__: 1 / 0)
