@@ -156,23 +156,20 @@ def test_functions_by_name_and_options():
     "name", ["vit-pre-cls-gelu-depth2", "vit-post-mean-gelu-depth2-mse", "mlp"]
 )
 def test_both_engines_give_the_same(name):
-    """The calculus, and jvp(grad) on the same network made unknown to it by a hook that does nothing."""
+    """The chain, and automatic differentiation of the same network with the chain put aside."""
     model, x, y, loss = case(name)
-    twin = copy.deepcopy(model)
-    twin.register_forward_hook(lambda *_: None)
-    known, unknown = Losses(model, x, y, loss), Losses(twin, x, y, loss)
+    known, unknown = Losses(model, x, y, loss), Losses(model, x, y, loss)
+    unknown.chain = None
     assert known.engine == "chain" and unknown.engine == "jvp(grad)"
     V = torch.randn(len(x), known.P, dtype=F64, generator=torch.Generator().manual_seed(2))
     for part in ("full", "gauss_newton", "functional"):
         close(known.product(V[0], part=part), unknown.product(V[0], part=part), 1e-9)
         close(known.sample_products(V, part=part), unknown.sample_products(V, part=part), 1e-9)
-        a, b = (per_sample_hessian_norms(m, x, y, loss, part=part).value for m in (model, twin))
-        close(a, b, 1e-6)
     close(known.sample_gradients(), unknown.sample_gradients())
 
 
-def test_a_changed_network_is_not_taken_for_ours():
-    """A replaced layer, a patched forward, a parametrisation: the calculus steps aside and the answer stays right."""
+def test_a_changed_network_is_read_anew():
+    """A replaced layer, a patched forward, a parametrisation: the chain is another, the answer right."""
     x, y = samples()
 
     class Doubled(nn.Linear):
@@ -192,7 +189,7 @@ def test_a_changed_network_is_not_taken_for_ours():
 
     for change in (replaced, patched, parametrised):
         model = randomised(vit(), 2)
-        assert Losses(model, x, y).engine == "chain"
+        before = Losses(model, x, y).chain
         change(model)
-        assert Losses(model, x, y).engine != "chain"
+        assert Losses(model, x, y).chain is not before
         close(dense_hessian(model, x, y), reference(model, x, y, "cross_entropy")[2])

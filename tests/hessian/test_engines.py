@@ -68,53 +68,60 @@ class Padded(nn.Module):
         return self.head(self.table((x.flatten(1)[:, :5].abs() * 3).long().clamp(max=6)).mean(1))
 
 
-@pytest.mark.parametrize(
-    "make, engine",
-    [
-        (lambda: build_model("mlp", d_in=16, width=4, depth=1, n_classes=3), "chain"),
-        (lambda: Net(torch.tanh), "jvp(grad)"),
-        (lambda: Net(Reverse.apply), "double backward"),
-        (Padded, "double backward"),
-        (lambda: Net(masked), "loop over examples"),
-        (Recurrent, "loop over examples"),
-    ],
-)
-def test_every_engine_is_right_and_says_its_name(make, engine):
+NETWORKS = {
+    "mlp": (lambda: build_model("mlp", d_in=16, width=4, depth=1, n_classes=3), "chain", "jvp(grad)"),
+    "tanh": (lambda: Net(torch.tanh), "chain", "jvp(grad)"),
+    "no-forward-mode": (lambda: Net(Reverse.apply), "chain", "double backward"),
+    "padded": (Padded, "chain", "double backward"),
+    "masked": (lambda: Net(masked), "loop over examples", "loop over examples"),
+    "recurrent": (Recurrent, "loop over examples", "loop over examples"),
+}
+
+
+def build(name):
     torch.manual_seed(0)
-    model, (x, y) = make().double(), samples()
-    losses = Losses(model, x, y)
-    assert losses.engine == engine == losses.moving(["*.weight"]).engine
+    make, traced, automatic = NETWORKS[name]
+    return make().double(), *samples(), traced, automatic
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_engine_is_right_and_says_its_name(name):
+    """The chain where it can be read; and with it put aside, automatic differentiation."""
+    model, x, y, traced, automatic = build(name)
     hessians = sample_hessians(model, x, y)
-    close(dense_hessian(model, x, y), hessians.mean(0))
-    V = torch.randn(5, losses.P, dtype=torch.float64)
-    close(losses.sample_products(V), torch.einsum("nij,nj->ni", hessians, V))
-    _, g, _ = reference(model, x[3:4], y[3:4], "cross_entropy")
-    close(losses.sample_gradients()[3], g)
-    parts = [dense_hessian(model, x, y, part=part) for part in ("gauss_newton", "functional")]
-    close(sum(parts), hessians.mean(0))
-    assert torch.linalg.eigvalsh((parts[0] + parts[0].T) / 2)[0] > -1e-12
+    for engine in (traced, automatic):
+        losses = Losses(model, x, y)
+        if engine == automatic:
+            losses.chain = None
+        assert losses.engine == engine == losses.moving(["*.weight"]).engine
+        close(losses.dense(), hessians.mean(0))
+        V = torch.randn(5, losses.P, dtype=torch.float64)
+        close(losses.sample_products(V), torch.einsum("nij,nj->ni", hessians, V))
+        _, g, _ = reference(model, x[3:4], y[3:4], "cross_entropy")
+        close(losses.sample_gradients()[3], g)
+        parts = [losses.dense(part) for part in ("gauss_newton", "functional")]
+        close(sum(parts), hessians.mean(0))
+        assert torch.linalg.eigvalsh((parts[0] + parts[0].T) / 2)[0] > -1e-12
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_norms_name_the_engine(name):
+    model, x, y, engine, _ = build(name)
     found = per_sample_hessian_norms(model, x, y)
     assert found.engine == hessian_norm(model, x, y).engine == engine
     assert "engine" not in found.columns() and set(found.columns()) < set(vars(found))
-    torch.testing.assert_close(found.value, norms_of(hessians), rtol=1e-6, atol=1e-12)
+    exact = norms_of(sample_hessians(model, x, y))
+    torch.testing.assert_close(found.value, exact, rtol=1e-6, atol=1e-12)
+
+
+def test_what_cannot_be_traced_says_why():
+    model, x, y, _, _ = build("masked")
+    losses = Losses(model, x, y)
+    assert losses.chain is None and losses.untraced and "\n" not in losses.untraced
 
 
 def test_a_model_without_a_second_derivative_is_refused():
-    def once(h):
-        class Once(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                return x.tanh()
-
-            @staticmethod
-            @torch.autograd.function.once_differentiable
-            def backward(ctx, g):
-                return g
-
-        return Once.apply(h)
-
     (x, y), roots = samples(), Net(lambda h: torch.relu(h - 9).sqrt())
-    refused(lambda: hessian_norm(Net(once), x, y), "Hessian", "replace")
     refused(lambda: per_sample_hessian_norms(roots, x, y), "finite")
 
 

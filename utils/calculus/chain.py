@@ -25,7 +25,7 @@ from utils.calculus.trace import trace
 MOST = 64  # chains kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain:
     """A network as steps from its input to its output, both named.
 

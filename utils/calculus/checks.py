@@ -3,6 +3,8 @@ Hessians."""
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,24 @@ from utils.calculus.tape import Tape
 from utils.calculus.trace import Untraceable
 
 
-def check_outputs(chain: Chain, output: Tensor, tape: Tape) -> None:
+def check_chain(tape: Tape, output: Tensor) -> None:
+    """Check a chain by a few examples: their outputs, and once for each chain a symmetric Hessian.
+
+    tape: of the examples, one direction each. output: what the network itself gives for them
+    (n, ...). Raises Untraceable.
+    """
+    check_outputs(tape, output)
+    if tape.chain in _symmetric:
+        return
+    if not symmetric(tape):
+        raise Untraceable("The traced network's Hessian is not symmetric: a derivative is wrong.")
+    _symmetric.add(tape.chain)
+
+
+_symmetric: WeakSet[Chain] = WeakSet()
+
+
+def check_outputs(tape: Tape, output: Tensor) -> None:
     """Raise Untraceable unless the chain computes the outputs (n, ...) that the network gives for
     the tape's batch.
 
@@ -19,6 +38,7 @@ def check_outputs(chain: Chain, output: Tensor, tape: Tape) -> None:
     batch, show here and nowhere else. Where the network names a narrower type (`chain.casts`), its
     own outputs have that accuracy.
     """
+    chain = tape.chain
     ours = tape.values[chain.output]
     ours = ours.expand(len(output), *ours.shape[1:]).reshape(output.shape)
     narrow = bool(chain.casts) or output.dtype != torch.float64

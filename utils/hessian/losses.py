@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from utils import calculus
+from utils.calculus import Chain, Tape, Untraceable, read_chain
+from utils.calculus.checks import check_chain
 from utils.hessian.coordinates import Coordinates
 from utils.hessian.differentiation import Differentiation, check_part
 from utils.hessian.memory import KEPT, MEMORY, WALK, activation_numbers
@@ -94,8 +95,10 @@ class Losses(Coordinates):
         refuse_random_or_batch_dependent(self.model, self.x)
         self._size = None
         self._automatic = Differentiation(self.model, loss)
-        self.chain = self._read_chain()
         self.move(dict(self.model.named_parameters()), parameters)
+        self.chain: Chain | None = None
+        self.untraced = ""
+        self._read_chain()
 
     def moving(self, parameters: list[str] | None) -> Losses:
         """The same losses as functions of other coordinates: those that `parameters` mean."""
@@ -106,24 +109,24 @@ class Losses(Coordinates):
 
     # --- the network's chain of nodes: all that is asked of utils.calculus ------------------------
 
-    def _read_chain(self):
-        """The chain of nodes of `model`, or None where it is not known."""
-        return calculus.steps_of(self.model) if calculus.known(self.model) else None
+    def _read_chain(self) -> None:
+        """Set `chain`, or, where the network has none, `untraced`, the reason in one sentence."""
+        try:
+            self.chain = read_chain(self.model, self.x)
+            few = self._rows(None)[:8]
+            tape = self._tape(dict(self.model.named_parameters()), few)
+            check_chain(tape, self._automatic.logits({}, self.x[few]))
+        except (Untraceable, RuntimeError, NotImplementedError) as reason:
+            self.chain = None  # an operator that vmap has no rule for raises RuntimeError
+            self.untraced = str(reason).splitlines()[0]
 
-    def _tape(self, point: dict, rows: Tensor, weights: Tensor | None = None) -> calculus.Tape:
+    def _tape(self, point: dict, rows: Tensor, weights: Tensor | None = None) -> Tape:
         """One pass over `rows`; with `weights`, all that is computed is a sum over them."""
+        values = dict(self.model.named_buffers()) | self.rest | point
         sums = weights is not None
         with torch.no_grad():
-            x = calculus.data_of(self.model, self.x[rows])
-            point, moving = self.rest | point, tuple(point)
-            return calculus.Tape(
-                self.chain, point, x, self.y[rows], self.loss, moving, sums, weights
-            )
-
-    @property
-    def steps(self):
-        """The chain, by its earlier name."""
-        return self.chain
+            x, y = self.x[rows], self.y[rows]
+            return Tape(self.chain, values, x, y, self.loss, point, sums, weights)
 
     @property
     def engine(self) -> str:
@@ -300,9 +303,7 @@ class SampleHessians:
 
     losses  where they come from
     rows    their indices (m,)
-    part    as everywhere, or, where the network's chain is known, "majorant" for the positive
-            semidefinite Q_i with -Q_i <= h_i <= Q_i (Theorem (thm:majorant)), or "ridge" with
-            -Q_i - mu_i <= h_i <= Q_i + mu_i for the `mu` (m,) set here (Theorem (thm:deflation))
+    part    "full", "gauss_newton" or "functional"
 
     What products share is kept while the examples stay.
 
@@ -312,33 +313,21 @@ class SampleHessians:
     """
 
     def __init__(self, losses: Losses, rows: Tensor, part: str = "full"):
-        if part not in ("majorant", "ridge") or losses.chain is None:
-            check_part(part)
+        check_part(part)
         self.losses = losses
         self.rows = rows.to(losses.w.device)
         self.part = part
-        self.here = None
-        self.tape = None
-        self.sigma = {}
-        self.mu = None
+        self.here: Tensor | None = None
+        self.tape: Tape | None = None
 
     def _everyone(self) -> Tensor:
         return torch.arange(len(self.rows), device=self.rows.device)
 
-    def _tape_of(self, local: Tensor) -> calculus.Tape:
+    def _tape_of(self, local: Tensor) -> Tape:
         if self.here is None or not torch.equal(self.here, local):
             self.here = local
             self.tape = self.losses._tape(self.losses.point, self.rows[local])
-            self.tape.sigma = {i: t[local] for i, t in self.sigma.items()}
-        self.tape.mu = None if self.mu is None else self.mu[local]
         return self.tape
-
-    def balance(self, V: Tensor) -> None:
-        """For majorants: a step towards the weights of the couplings best along V (m, P)."""
-        with torch.no_grad():
-            tape = self._tape_of(self._everyone())
-            tape.balance(self.losses.unflatten(V), self.part == "ridge")
-            self.sigma = tape.sigma
 
     def gradients(self) -> Tensor:
         """Gradients (m, P) of the examples."""
