@@ -33,10 +33,6 @@ def _slope(slope: tuple[float, float, float], exact: float) -> pd.DataFrame:
     return _rows([0], "slope", slope, exact, exact)
 
 
-def _over_weights(measure, pool: np.ndarray) -> np.ndarray:
-    return np.mean([measure(losses) for losses in pool], axis=0)
-
-
 def measure_steps(
     losses: ArrayLike,
     orders: np.ndarray,
@@ -134,7 +130,8 @@ def measure_steps_as_distance(
     0.5
     """
     pool = as_pool(losses)
-    squares = _over_weights(lambda row: identities.loss_steps(row, orders)[:, k - 1] ** 2, pool)
+    steps = [identities.loss_steps(row, orders)[:, k - 1] for row in pool]
+    squares = np.mean([s**2 for s in steps], axis=0)
     table = _rms(k, squares, identities.expected_rms(pool)[k - 1], seed)
     slope = log_log_slope(1 / k - 1 / pool.shape[1], squares, seed, root=True)
     return pd.concat([table, _slope(slope, 0.5)], ignore_index=True)
