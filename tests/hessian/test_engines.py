@@ -121,7 +121,7 @@ def test_what_cannot_be_traced_says_why():
 
 
 def test_a_model_without_a_second_derivative_is_refused():
-    (x, y), roots = samples(), Net(lambda h: torch.relu(h - 9).sqrt())
+    (x, y), roots = samples(), Net(lambda h: (h - h.detach()).sqrt())
     refused(lambda: per_sample_hessian_norms(roots, x, y), "finite")
 
 

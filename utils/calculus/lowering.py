@@ -427,12 +427,11 @@ def elementwise_of(chain: Lowering, node: fx.Node) -> None:
     if node.kwargs.get("approximate") == "tanh":
         name = "gelu_tanh"
     shapes = [shape_of(a) for a in inputs]
-    chain.add(
-        Elementwise(of_tensors(node), shape_of(node), shapes, DERIVATIVES.get(name)),
-        inputs,
-        node,
-        node,
-    )
+    derivatives = DERIVATIVES.get(name)
+    slopes = elementwise.SLOPES.get(name)
+    function = of_tensors(node)
+    kind = Elementwise(function, shape_of(node), shapes, derivatives, slopes, place(node))
+    chain.add(kind, inputs, node, node)
 
 
 def operator_of(chain: Lowering, node: fx.Node) -> None:

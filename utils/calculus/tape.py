@@ -8,6 +8,7 @@ whose bilinear form u^T h v this is the gradient of.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +22,7 @@ from utils.calculus.nodes.loss import LOSS_NODES
 
 Named = dict[str, Tensor]
 STEP = 8.0  # most that one balancing changes a weight of a coupling
+LARGEST = 690.0  # of the logarithm of a weight's square where it is found at once: that is finite
 
 
 class Tape:
@@ -217,15 +219,15 @@ class Tape:
 
         return weighed
 
-    def balance(self, direction: Named) -> None:
+    def balance(self, direction: Named, whole: bool = False) -> None:
         """Bring every coupling's sigma (n,) halfway to where its majorant is smallest along
-        `direction` (n, ...).
+        `direction` (n, ...), by a factor of at most STEP; all the way if `whole`.
 
         2 <x, C y> <= sigma <x, |C^T| x> + <y, |C| y> / sigma holds for every sigma > 0; at x, y it
         is smallest at sigma^2 = <y, |C| y> / <x, |C^T| x>. The norm of Q is convex in the
         logarithms of the sigmas, and at its top eigenvector this is a step of descent; the whole
-        step would swing between nearly equal eigenvalues. Where one side does not move along the
-        direction nothing is learned, and sigma stays. Source: Theorem (thm:majorant).
+        step would swing between nearly equal eigenvalues. Where neither side moves along the
+        direction sigma stays. Source: Theorem (thm:majorant).
         """
         tangents = self.tangents(direction)
         majorants = self.majorants()
@@ -236,9 +238,22 @@ class Tape:
             dz = tuple(tangents.get(name) for name in step.inputs)
             if dz[0] is None or dz[1] is None:
                 continue
-            # sigma^2 <x, |C^T| x> / <y, |C| y> of the sigma so far
-            x, y = (
-                (t * part).flatten(1).sum(1).clamp_min(0) for t, part in zip(dz, form(dz, None))
-            )
-            change = (y / x).sqrt().sqrt().nan_to_num(nan=1.0).clamp(1 / STEP, STEP)
+            # log of sigma^2 <x, |C^T| x> / <y, |C| y> of the sigma so far
+            x, y = (log_dot(t, part) for t, part in list(zip(dz, form(dz, None)))[:2])
+            if whole:
+                change = (y - x).nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST, LARGEST) / 2
+            else:
+                most = math.log(STEP)
+                change = ((y - x).nan_to_num(nan=0.0) / 4).clamp(-most, most)
+            change = change.exp()
             self.sigma[step.output] = change * self.sigma.get(step.output, torch.ones_like(change))
+
+
+def log_dot(a: Tensor, b: Tensor) -> Tensor:
+    """log <a, b> (n,) of arrays (n, ...), -inf where it is not positive; the products do not
+    underflow."""
+    a = a.flatten(1)
+    b = b.flatten(1)
+    sizes = [t.abs().amax(1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny) for t in (a, b)]
+    dot = (a / sizes[0] * (b / sizes[1])).sum(1).clamp_min(0)
+    return dot.log() + sizes[0][:, 0].log() + sizes[1][:, 0].log()

@@ -13,9 +13,14 @@ and mu at the weights is h u, the Hessian of the loss times u. Source: Theorem (
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from utils.calculus.nodes.known import Known, Situation
 
 Parts = tuple[
     Tensor | None, ...
@@ -23,6 +28,7 @@ Parts = tuple[
 Form = Callable[
     [Parts, Tensor | None], Parts
 ]  # (tangents of the inputs, tangent of the output) -> parts
+Roots = tuple[Parts | int, ...]  # see `Node.roots`
 
 
 class Unknown(ValueError):
@@ -39,6 +45,7 @@ class Node(ABC):
     """
 
     couples = False  # whether all that D^2 phi does is to couple the first two inputs
+    mixes = None  # how many of the last axes it mixes, where it acts on each row alone
 
     @abstractmethod
     def forward(self, *z: Tensor) -> tuple[Tensor, object]:
@@ -66,3 +73,58 @@ class Node(ABC):
         apart: the walk weighs them by sigma and 1/sigma. Raises `Unknown` where nothing is known.
         Source: Theorem (thm:majorant).
         """
+
+    @abstractmethod
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        """What is known of phi(z), for all weights of a ball, from what is known of the inputs:
+        its jet, sizes and displacement, see `Known`.
+
+        saved: of `forward` at the centre, None where some value is not used. at: the radius, and
+        `at.number(name, value)`, which notes a number and may know a smaller one. Raises `Unknown`
+        where nothing is known. Source: Theorem 1 (thm:jet), Corollary (cor:ball).
+        """
+
+    def roots(
+        self,
+        saved: object,
+        lam: Tensor,
+        wanted: tuple[int, ...],
+        shapes: Sequence[tuple[int, ...]],
+        leaves: tuple[bool, ...],
+    ) -> Roots:
+        """Forms that bound < lam, D^2 phi > of one example, k rows (k, *shape) for each input.
+
+        One element R: |< lam, D^2 phi [x', x'] >| <= |R x'|^2. Two, R and S: 2 |R x'| |S y'|, and a
+        number in place of S stands for the identity on that input. shapes: of the inputs. leaves:
+        which of them are parameters themselves. Empty where the form is 0. The default takes the
+        dense |M| of `majorant`. Source: Theorem (thm:forms).
+        """
+        form = self.majorant(saved, lam, wanted)
+        if form is None:
+            return ()
+        if self.couples:
+            return tuple(dense_root(form, [place], shapes, lam) for place in (0, 1))
+        places = [i for i, want in enumerate(wanted) if want]
+        return (dense_root(form, places, shapes, lam),)
+
+
+def dense_root(
+    form: Form, places: list[int], shapes: Sequence[tuple[int, ...]], like: Tensor
+) -> Parts:
+    """R of a positive semidefinite form |M| = R^T R on the inputs at `places`, by its
+    eigenvectors."""
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    columns = []
+    for place in places:
+        units = torch.eye(sizes[place], dtype=like.dtype, device=like.device)
+        dz = [like.new_zeros(sizes[place], *shape) for shape in shapes]
+        dz[place] = units.reshape(-1, *shapes[place])
+        parts = form(tuple(dz), None)
+        columns.append(torch.cat([parts[other].flatten(1) for other in places], 1))
+    M = torch.cat(columns)
+    values, vectors = torch.linalg.eigh((M + M.mT) / 2)
+    rows = values.clamp_min(0).sqrt()[:, None] * vectors.mT
+    parts = [None] * len(shapes)
+    for place, part in zip(places, rows.split([sizes[place] for place in places], 1)):
+        parts[place] = part.reshape(-1, *shapes[place])
+    return tuple(parts)

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.func import grad
 
+from utils.calculus.jets import Jet
+from utils.calculus.lemmas import least
 from utils.calculus.nodes.arrays import absolute, aligned, plus, sum_to
-from utils.calculus.nodes.base import Form, Node, Parts
+from utils.calculus.nodes.base import Form, Node, Parts, Roots, Unknown
+from utils.calculus.nodes.known import Known, Situation
 
 
 def gelu(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +40,41 @@ def gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor]:
 def relu(z: Tensor) -> tuple[Tensor, Tensor]:
     """Slope 0 at the kink, as in torch; the second derivative is 0 almost everywhere."""
     return (z > 0).to(z.dtype), torch.zeros_like(z)
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """What holds of a function everywhere; decimal constants are rounded up.
+
+    low, high  of the first derivative; `second`, `third` >= the absolute values of the next two
+    shrinks    whether |f(z)| <= |z|
+    largest    >= |f|
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    second: float = math.inf
+    third: float = math.inf
+    shrinks: bool = True
+    largest: float = math.inf
+
+    @property
+    def first(self) -> float:
+        """>= the absolute value of the first derivative."""
+        return max(abs(self.low), abs(self.high))
+
+
+# Source: Lemma 4 (lem:activations) for GELU and its approximation; ReLU almost everywhere
+SLOPES = {
+    "gelu": Slopes(-0.12891, 1.12891, 0.79789, 0.77877),
+    "gelu_tanh": Slopes(-0.1290, 1.1290, 0.79789, 0.77670),
+    "relu": Slopes(0.0, 1.0, 0.0),
+    "tanh": Slopes(0.0, 1.0, 0.76981, 2.0, largest=1.0),
+    "sigmoid": Slopes(0.0, 0.25, 0.09623, 0.125, shrinks=False, largest=1.0),
+    "silu": Slopes(-0.09985, 1.09985, 0.5, 0.30819),
+    "sin": Slopes(-1.0, 1.0, 1.0, 1.0, largest=1.0),
+    "cos": Slopes(-1.0, 1.0, 1.0, 1.0, shrinks=False, largest=1.0),
+}
 
 
 class Derivatives:
@@ -83,7 +122,8 @@ class Elementwise(Node):
     """function(z_1, z_2, ...) entry by entry of inputs broadcast to one shape.
 
     derivatives: z -> (f'(z), f''(z)) where there is one input and they are known; otherwise they
-    come from automatic differentiation of the function itself, once for a batch.
+    come from automatic differentiation of the function itself, once for a batch. slopes: what holds
+    everywhere, for bounds away from a point. name: which operator of which module.
     """
 
     def __init__(
@@ -92,11 +132,15 @@ class Elementwise(Node):
         shape: Sequence[int],
         inner: Sequence[Sequence[int]],
         derivatives: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        slopes: Slopes | None = None,
+        name: str = "elementwise function",
     ):
         self.function = function
         self.shape = tuple(shape)
         self.inner = [tuple(s) for s in inner]
         self.derivatives = derivatives
+        self.slopes = slopes
+        self.name = name
 
     def forward(self, *z: Tensor) -> tuple[Tensor, Derivatives]:
         if len(z) > 1:
@@ -142,3 +186,96 @@ class Elementwise(Node):
             return tuple(parts)
 
         return form
+
+    def roots(
+        self,
+        saved: Derivatives,
+        lam: Tensor,
+        wanted: tuple[int, ...],
+        shapes: Sequence[tuple[int, ...]],
+        leaves: tuple[bool, ...],
+    ) -> Roots:
+        """Of one input the root of the absolute form, entry by entry."""
+        if len(wanted) > 1:
+            return super().roots(saved, lam, wanted, shapes, leaves)
+        if (0, 0) not in saved.second:
+            return ()
+        half = (lam * saved.second[0, 0])[0].abs().sqrt()
+        return ((torch.diag(half.flatten()).reshape(-1, *half.shape),),)
+
+    def norms(self, inputs: tuple[Known, ...], saved: Derivatives | None, at: Situation) -> Known:
+        moving = [i for i, x in enumerate(inputs) if x.jet.moves]
+        if not moving:
+            return Known(inputs[0].jet)
+        if len(inputs) == 1:
+            return self._of_one(inputs[0], saved, at)
+        if saved is None or at.radius > 0:
+            raise self._unknown()
+        shape = torch.broadcast_shapes(*(x.shape for x in inputs))
+        copies = [math.sqrt(math.prod(shape) / max(1, math.prod(x.shape))) for x in inputs]
+        first = [0.0] * len(inputs)
+        for i in moving:
+            first[i] = copies[i] * _top(saved.first[i])
+        second = {
+            (i, j): min(copies[i], copies[j]) * _top(bend)
+            for (i, j), bend in saved.second.items()
+            if i in moving and j in moving and i <= j
+        }
+        return Known(Jet.of([x.jet for x in inputs], first, second), moved=0.0)
+
+    def _of_one(self, x: Known, saved: Derivatives | None, at: Situation) -> Known:
+        """Slopes at the centre grow with the displacement, up to those that hold everywhere."""
+        if self.slopes is None and (saved is None or at.radius > 0):
+            raise self._unknown()
+        limits = self.slopes or Slopes(shrinks=False)
+        if at.radius > 0 and limits.second == 0 < limits.high - limits.low:
+            raise Unknown(
+                "The Hessian of a ReLU network says nothing about a ball: "
+                f"take another function than the {self.name}, or radius 0."
+            )
+        first = second = math.inf
+        if saved is not None:
+            first, second = self._at_centre(x.value, saved, limits)
+            if at.radius > 0:
+                first = first + limits.second * x.moved
+                second = second + limits.third * x.moved
+        first = at.number("act1", least(first, limits.first))
+        second = at.number("act2", least(second, limits.second))
+        return Known(
+            x.jet.smooth(first, second),
+            moved=first * x.moved,
+            notes={"slopes": limits, "act1": first, "act2": second},
+            **self._sizes(x, limits),
+        )
+
+    @staticmethod
+    def _at_centre(z: Tensor, saved: Derivatives, limits: Slopes) -> tuple[Tensor, Tensor]:
+        """The largest slope and bend of every example."""
+        slope = saved.first[0]
+        if limits.second == 0:  # at a kink the larger slope
+            slope = torch.where(z == 0, limits.first, slope)
+        bend = saved.second.get((0, 0))
+        return _top(slope), _top(slope) * 0 if bend is None else _top(bend)
+
+    def _sizes(self, x: Known, limits: Slopes) -> dict[str, Tensor]:
+        """Sizes of f(z): at most those of z where f shrinks, otherwise |f(0)| and the slope
+        more."""
+        zero = float(self.function(x.jet.a.new_zeros(())).abs())
+        factor = 1.0 if limits.shrinks else limits.first
+        entries = math.sqrt(math.prod(x.shape))
+        width = math.sqrt(x.shape[-1]) if x.shape else 1.0
+        return {
+            "full": least(factor * x.full + zero * entries, limits.largest * entries),
+            "row": least(factor * x.row + zero * width, limits.largest * width),
+        }
+
+    def _unknown(self) -> Unknown:
+        return Unknown(
+            f"Nothing is known of the slopes of the {self.name} away from a point: "
+            "use radius 0 and the rung 'activations' or a sharper one."
+        )
+
+
+def _top(t: Tensor) -> Tensor:
+    """The largest entry of every example."""
+    return t.flatten(1).abs().amax(1)

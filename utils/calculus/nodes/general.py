@@ -11,6 +11,8 @@ from torch.func import jvp, vjp, vmap
 
 from utils.calculus.nodes.arrays import per_example
 from utils.calculus.nodes.base import Form, Node, Parts, Unknown
+from utils.calculus.nodes.known import Known, Situation
+from utils.calculus.nodes.shape import schur
 
 
 class Operator(Node):
@@ -63,8 +65,16 @@ class Operator(Node):
         return form
 
     def majorant(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
-        raise Unknown(
-            f"{self.name} has no bound: use the certified norm, which applies to any network."
+        raise self._unknown()
+
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        if any(x.jet.moves for x in inputs):
+            raise self._unknown()
+        return Known(inputs[0].jet)  # a constant of the batch
+
+    def _unknown(self) -> Unknown:
+        return Unknown(
+            f"The {self.name} has no bound: use the certified norm, which applies to any network."
         )
 
     @staticmethod
@@ -114,3 +124,26 @@ class LinearOperator(Operator):
 
     def majorant(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> None:
         return None
+
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        """An affine map of its one real input; none of those in the table has a negative entry."""
+        place = next(i for i, x in enumerate(inputs) if x.stand_in.is_floating_point())
+        values = [x.stand_in[:1] for x in inputs]
+        if any(
+            x.value is not None and len(x.value) > 1 for i, x in enumerate(inputs) if i != place
+        ):
+            raise self._unknown()  # indices that depend on the example
+
+        def shifted(t: Tensor) -> Tensor:
+            return self.forward(*values[:place], t, *values[place + 1 :])[0]
+
+        x = inputs[place]
+        constant = shifted(torch.zeros_like(values[place]))
+        wanted = tuple(int(i == place) for i in range(len(values)))
+        norm = schur(
+            lambda t: shifted(t) - constant,
+            lambda lam: self.adjoint(tuple(values), lam, wanted)[place],
+            x,
+        )
+        full = norm * x.full + float(constant.norm())
+        return Known(x.jet.linear(norm), moved=norm * x.moved, full=full)

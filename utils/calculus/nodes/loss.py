@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from utils.calculus.lemmas import (
+    CROSS_ENTROPY_FIRST,
+    CROSS_ENTROPY_SECOND,
+    cross_entropy_norms,
+    least,
+    softmax_moved,
+)
 from utils.calculus.nodes.arrays import scaled_by
 from utils.calculus.nodes.base import Form, Node, Parts
+from utils.calculus.nodes.known import Known, Situation
 
 IGNORED = -100  # the label of a token that does not count, as in torch
 
@@ -64,6 +74,24 @@ class CrossEntropy(Node):
         """S is positive semidefinite, and so is |lam| S."""
         return self.second_order(saved, lam.abs(), wanted)
 
+    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+        """|r| <= sqrt(2) and ||S|| <= 1/2 wherever the logits are; near known ones less."""
+        f = inputs[0]
+        weight = self.counts / self.counts.sum(1, keepdim=True).clamp_min(1).to(f.jet.a)
+        weight = weight[..., 0].to(f.jet.a)  # (n, T)
+        r = CROSS_ENTROPY_FIRST
+        S = CROSS_ENTROPY_SECOND
+        if f.value is not None:
+            logits = f.value.reshape(len(weight), -1, f.shape[-1])
+            r, S = cross_entropy_norms(logits, self.labels[..., 0])
+            away = torch.as_tensor(f.moved).to(r).reshape(-1, 1)
+            S = softmax_moved(S, away)
+            near = least(r + S * away, r * (math.sqrt(2) * away).exp())
+            r = near.clamp(max=CROSS_ENTROPY_FIRST)
+        r = at.number("r_hat", (weight * r).norm(dim=1))
+        S = at.number("S_hat", (weight * S).amax(1))
+        return Known(f.jet.smooth(r, S))
+
 
 class SquaredError(Node):
     """The mean of (f - t)^2 over an example's numbers, t the targets or one-hot labels. D^2 =
@@ -97,6 +125,16 @@ class SquaredError(Node):
 
     def majorant(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
         return self.second_order(saved, lam.abs(), wanted)
+
+    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+        f = inputs[0]
+        count = math.prod(f.shape)
+        target = self.y.flatten(1).norm(dim=1) if self.y.is_floating_point() else 1.0
+        r = 2 / count * (f.full + target)
+        if saved is not None:
+            r = least(saved[0].flatten(1).norm(dim=1) + 2 / count * f.moved, r)
+        r = at.number("r_hat", r)
+        return Known(f.jet.smooth(r, at.number("S_hat", 2 / count)))
 
 
 LOSS_NODES = {"cross_entropy": CrossEntropy, "mse": SquaredError}

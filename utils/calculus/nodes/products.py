@@ -15,13 +15,18 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.calculus.jets import Jet
+from utils.calculus.lemmas import hypot, least, spectral, through
 from utils.calculus.nodes.arrays import aligned, plus, sum_to
-from utils.calculus.nodes.base import Form, Node, Parts
+from utils.calculus.nodes.base import Form, Node, Parts, Roots
+from utils.calculus.nodes.known import Known, Situation
+from utils.calculus.nodes.rows import Normalisation
 
 Shapes = Sequence[Sequence[int]]
 
@@ -105,6 +110,56 @@ class Bilinear(Node):
 
         return form
 
+    def roots(
+        self,
+        saved: tuple,
+        lam: Tensor,
+        wanted: tuple[int, ...],
+        shapes: Sequence[tuple[int, ...]],
+        leaves: tuple[bool, ...],
+    ) -> Roots:
+        """Beside a parameter y itself, R x' is the gradient in y of < lam, D^2 phi [x', .] >."""
+        if not (wanted[0] and wanted[1]):
+            return ()
+        for leaf, other in ((1, 0), (0, 1)):
+            if leaves[leaf]:
+                rows = [None] * len(wanted)
+                rows[other] = self.coupling(lam, other, shapes)
+                return tuple(rows), leaf
+        return self.half_roots(saved, lam, wanted, shapes)
+
+    def coupling(self, lam: Tensor, place: int, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+        """Rows R with |R x'| = |the gradient in the other input of < lam, phi(x', .) >|, x' at
+        `place`."""
+        other = shapes[1 - place]
+        units = torch.eye(math.prod(other), dtype=lam.dtype, device=lam.device)
+        units = units.reshape(-1, *other)
+        return self.left(lam, units) if place == 0 else self.right(lam, units)
+
+    def half_roots(
+        self,
+        saved: tuple,
+        lam: Tensor,
+        wanted: tuple[int, ...],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> Roots:
+        """Roots of the two halves of `halves`."""
+        none = (False,) * len(wanted)
+        return Node.roots(self, saved, lam, wanted, shapes, none)
+
+    def joint(self, jet: Jet, moved: Tensor, bias: Sequence[Known], rows: int) -> tuple:
+        """Jet and displacement with a bias of another group than the second input's, copied to
+        `rows` rows."""
+        for b in bias:
+            jet = jet + b.jet.linear(math.sqrt(rows))
+            moved = moved + math.sqrt(rows) * b.moved
+        return jet, moved
+
+
+def same_group(y: Known, bias: Sequence[Known]) -> bool:
+    """Whether a bias belongs to the group of weights of the second input."""
+    return bool(bias) and y.group is not None and y.group == bias[0].group
+
 
 class Linear(Bilinear):
     """x W^T + b on every token: x (..., in), W (out, in) or, `turned`, (in, out), b (out,) -> (...,
@@ -165,6 +220,64 @@ class Linear(Bilinear):
 
         return form
 
+    def coupling(self, lam: Tensor, place: int, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+        """lam^T X' for the rows X', without the rotation on its left."""
+        if place == 1:
+            return super().coupling(lam, place, shapes)
+        _, S, Vh = torch.linalg.svd(lam.flatten(1, -2)[0].mT, full_matrices=False)
+        width = shapes[0][-1]
+        eye = torch.eye(width, dtype=lam.dtype, device=lam.device)
+        rows = torch.einsum("rt,jc->rjtc", S[:, None] * Vh, eye)
+        return rows.reshape(-1, *shapes[0])
+
+    def matrix(self, W: Known) -> Tensor:
+        """W (L, out, in) at the centre."""
+        return W.value.mT if self.turned else W.value
+
+    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+        """[W b] of one module is one group of weights and acts on [X 1]."""
+        x, W, *bias = inputs
+        one_group = same_group(W, bias)
+        weight = at.number("W", W.norm())
+        reads = at.number("X1", x.norm(ones=one_group))
+        jet = x.jet.times(W.jet, reads, weight)
+        moved = least(x.at_centre(one_group), reads) * W.moved + weight * x.moved
+        sizes = {"centred": weight * x.centred, "spread": weight * x.spread}
+        if one_group:
+            both = torch.cat([self.matrix(W), bias[0].value.reshape(1, -1, 1)], 2)
+            omega = spectral(both) + W.moved
+            sizes["full"] = omega * hypot(x.full, math.sqrt(x.rows))
+            sizes["row"] = omega * hypot(x.row, 1.0)
+        else:
+            jet, moved = self.joint(jet, moved, bias, x.rows)
+            length = bias[0].full if bias else 0.0
+            sizes["full"] = weight * x.full + math.sqrt(x.rows) * length
+            sizes["row"] = weight * x.row + length
+        if "slopes" in x.notes and type(x.inputs[0].node) is Linear:
+            jet = self._past_function(jet, x, W, bias, weight, at)
+        return Known(jet, moved=moved, **sizes)
+
+    def _past_function(
+        self, jet: Jet, x: Known, W: Known, bias: list[Known], weight: Tensor, at: Situation
+    ) -> Jet:
+        """W_2 f(X W_1^T) with both maps at rest: ||W_2 diag(f') W_1|| may be far below its factors.
+
+        Source: Lemma 4 (lem:activations), Lemma 5 (lem:bilinear).
+        """
+        before = x.inputs[0]
+        source, W_1, *bias_1 = before.inputs
+        slopes = x.notes["slopes"]
+        if not math.isfinite(slopes.first) or W.value is None or W_1.value is None:
+            return jet
+        first = W_1.norm()
+        between = spectral(self.matrix(W) @ before.node.matrix(W_1))
+        between = between + W.moved * weight + W_1.moved * first
+        between = at.number("W_21", between)
+        slope = through(between, weight * first, x.notes["act1"], slopes.low, slopes.high)
+        rest = source.jet.smooth(slope, weight * x.notes["act2"] * first**2)
+        own = sum(known.jet.a.sum(0) for known in (W, W_1, *bias, *bias_1))
+        return jet.least(rest, own.nonzero()[:, 0].tolist())
+
 
 class Matmul(Bilinear):
     """x y over the last two axes, the axes before broadcast: scores Q K^T and mixing A V of
@@ -196,10 +309,63 @@ class Matmul(Bilinear):
 
         return form
 
+    def half_roots(
+        self,
+        saved: tuple,
+        lam: Tensor,
+        wanted: tuple[int, ...],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> Roots:
+        """lam = U S V^T head by head: S^(1/2) U^T on the columns of x', S^(1/2) V^T on the rows of
+        y'."""
+        if shapes[0][:-2] != shapes[1][:-2]:
+            return super().half_roots(saved, lam, wanted, shapes)
+        U, S, Vh = torch.linalg.svd(lam[0].reshape(-1, *lam.shape[-2:]), full_matrices=False)
+        half = S.sqrt()[..., None]
+        heads = torch.eye(len(S), dtype=lam.dtype, device=lam.device)
+        inside = torch.eye(shapes[0][-1], dtype=lam.dtype, device=lam.device)
+        of_x = torch.einsum("gh,grt,jc->grjhtc", heads, half * U.mT, inside)
+        of_y = torch.einsum("gh,grc,jt->grjhtc", heads, half * Vh, inside)
+        rest = (None,) * (len(wanted) - 2)
+        return (
+            (of_x.reshape(-1, *shapes[0]), None, *rest),
+            (None, of_y.reshape(-1, *shapes[1]), *rest),
+        )
+
+    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+        """Attention is one map from queries, keys and values; any other product is bilinear."""
+        from utils.calculus.nodes.attention import attention  # it knows this class
+
+        known = attention(inputs[0], inputs[1], at)
+        if known is not None:
+            return known
+        x, y = inputs
+        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        copies = [math.sqrt(math.prod(batch) / math.prod(t.shape[:-2])) for t in inputs]
+        of_x, of_x_still = (copies[1] * t for t in _by_heads(x))
+        of_y, _ = (copies[0] * t for t in _by_heads(y))
+        of_x = at.number("x", of_x)
+        of_y = at.number("y", of_y)
+        return Known(
+            Jet.of([x.jet, y.jet], [of_y, of_x], {(0, 1): min(copies)}),
+            moved=least(of_x_still, of_x) * y.moved + of_y * x.moved,
+            full=least(of_x * y.full, of_y * x.full),
+        )
+
+
+def _by_heads(t: Known) -> tuple[Tensor, Tensor]:
+    """>= the largest norm of the matrices in the last two axes, on the ball and at its centre."""
+    still = t.jet.a.new_full((1,), math.inf)
+    if t.value is not None:
+        still = spectral(t.value).flatten(1).amax(1)
+    return least(still + t.moved, math.sqrt(t.shape[-2]) * t.row, t.full), still
+
 
 class Product(Bilinear):
     """x o y + b entry by entry, broadcast to one shape: the gain of a normalisation, a gate, a
     scale."""
+
+    mixes = 0
 
     def product(self, x: Tensor, y: Tensor) -> Tensor:
         rank = len(self.shape)
@@ -241,3 +407,51 @@ class Product(Bilinear):
             return restored(x, 0), restored(y, 1)
 
         return form
+
+    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+        """A normalisation with its gain is one map; any other product is bilinear."""
+        x, y, *bias = inputs
+        of_x, of_x_still = _by_copies(x, y)
+        of_y, _ = _by_copies(y, x)
+        shape = torch.broadcast_shapes(x.shape, y.shape)
+        copies = [math.sqrt(math.prod(shape) / max(1, math.prod(t.shape))) for t in inputs]
+        lengths = [b.full * copy for b, copy in zip(bias, copies[2:])]
+        sizes = {
+            "full": least(y.largest() * copies[0] * x.full, x.largest() * copies[1] * y.full)
+            + sum(lengths),
+        }
+        if y.shape == shape[-1:] and not y.data:
+            x, y = y, x  # a gain, and what it multiplies
+        if x.shape == shape[-1:] and y.shape == shape:
+            sizes["row"] = x.largest() * y.row + sum(b.full for b in bias)
+            if all(b.rows == 1 for b in bias):
+                sizes |= {"spread": x.largest() * y.spread, "centred": x.largest() * y.centred}
+            if isinstance(y.node, Normalisation) and y.node.mixes == 1:
+                known = y.node.gained(y.inputs[0], x, bias[0] if bias else None, at)
+                return replace(known, **sizes)
+        x, y = inputs[:2]
+        one_group = same_group(y, bias) and bias[0].shape == y.shape
+        if one_group:
+            of_x = hypot(of_x, copies[2])
+            of_x_still = hypot(of_x_still, copies[2])
+        of_x = at.number("x", of_x)
+        of_y = at.number("y", of_y)
+        jet = Jet.of([x.jet, y.jet], [of_y, of_x], {(0, 1): 1.0})
+        moved = least(of_x_still, of_x) * y.moved + of_y * x.moved
+        if not one_group:
+            jet, moved = self.joint(jet, moved, bias, copies[-1] ** 2)
+        return Known(jet, moved=moved, **sizes)
+
+
+def _by_copies(x: Known, y: Known) -> tuple[Tensor, Tensor]:
+    """>= the norm of dy -> x o dy, on the ball and at its centre: the root of the largest sum of
+    squares of x over the copies of one entry of y."""
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    still = x.jet.a.new_full((1,), math.inf)
+    if x.value is not None:
+        squares = aligned(x.value, len(shape)).square().expand(-1, *shape)
+        still = sum_to(squares, y.shape).flatten(1).amax(1).sqrt()
+    copies = math.sqrt(math.prod(shape) / max(1, math.prod(x.shape)))
+    whole = copies * x.full
+    largest = math.sqrt(math.prod(shape) / max(1, math.prod(y.shape))) * x.largest()
+    return least(still + copies * x.moved, whole, largest), still

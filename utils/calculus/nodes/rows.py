@@ -3,11 +3,45 @@ without their gains."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from utils.calculus.jets import Jet
+from utils.calculus.lemmas import (
+    SOFTMAX_FIRST,
+    gained_norms,
+    largest,
+    least,
+    normalisation_floor,
+    normalisation_second,
+    softmax_first,
+    softmax_moved,
+    softmax_second,
+)
 from utils.calculus.nodes.arrays import absolute, unit
-from utils.calculus.nodes.base import Form, Node, Parts
+from utils.calculus.nodes.base import Form, Node, Parts, Roots, Unknown
+from utils.calculus.nodes.known import Known, Situation
+
+
+def row_roots(form: Form, lam: Tensor, axes: int) -> Roots:
+    """The root of a form that acts on every row alone, the last `axes` axes: one eigenvalue problem
+    a row. lam (1, *shape): any array of the value's shape."""
+    d = math.prod(lam.shape[-axes:])
+    places = lam.shape[1:-axes]
+    units = torch.eye(d, dtype=lam.dtype, device=lam.device).reshape(
+        d, *[1] * len(places), *lam.shape[-axes:]
+    )
+    M = form((units.expand(d, *lam.shape[1:]).contiguous(),), None)[0]
+    M = M.reshape(d, -1, d).movedim(0, -1)  # (rows, d, d)
+    values, vectors = torch.linalg.eigh((M + M.mT) / 2)
+    blocks = values.clamp_min(0).sqrt()[..., None] * vectors.mT
+    count = len(blocks)
+    spread = blocks.new_zeros(count, d, count, d)
+    spread[torch.arange(count), :, torch.arange(count)] = blocks
+    return ((spread.reshape(count * d, *lam.shape[1:]),),)
 
 
 class Softmax(Node):
@@ -57,6 +91,38 @@ class Softmax(Node):
 
         return form
 
+    def roots(
+        self,
+        saved: Tensor,
+        lam: Tensor,
+        wanted: tuple[int, ...],
+        shapes: Sequence[tuple[int, ...]],
+        leaves: tuple[bool, ...],
+    ) -> Roots:
+        form = self.majorant(saved, lam, wanted)
+        if self.axis % lam.ndim == lam.ndim - 1:
+            return row_roots(form, lam, 1)
+        return super().roots(saved, lam, wanted, shapes, leaves)
+
+    def norms(self, inputs: tuple[Known, ...], saved: Tensor | None, at: Situation) -> Known:
+        t = inputs[0]
+        length = t.shape[self.axis if self.axis < 0 else self.axis - 1]
+        rows = math.prod(t.shape) // length
+        first = SOFTMAX_FIRST
+        notes = {}
+        if saved is not None:
+            notes["first"] = softmax_first(saved.movedim(self.axis, -1)).flatten(1).amax(1)
+            first = softmax_moved(notes["first"], torch.as_tensor(t.moved))
+        first = at.number("softmax1", first)
+        second = at.number("softmax2", softmax_second(first))
+        return Known(
+            t.jet.smooth(first, second),
+            moved=least(first * t.moved, math.sqrt(2 * rows)),
+            full=math.sqrt(rows),
+            row=1.0 if length == t.shape[-1] else math.inf,
+            notes=notes,
+        )
+
 
 class Normalisation(Node):
     """n = P x / rho in every row, rho^2 = mean (P x)^2 + eps; P takes off the mean (LayerNorm) or
@@ -71,6 +137,7 @@ class Normalisation(Node):
         self.eps = eps
         self.axes = tuple(range(-axes, 0))
         self.centred = centred
+        self.mixes = axes
 
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(self.axes, keepdim=True) if self.centred else x
@@ -140,3 +207,87 @@ class Normalisation(Node):
             return (out.reshape(len(out), *shape[1:]),)
 
         return majorant
+
+    def roots(
+        self,
+        saved: tuple,
+        lam: Tensor,
+        wanted: tuple[int, ...],
+        shapes: Sequence[tuple[int, ...]],
+        leaves: tuple[bool, ...],
+    ) -> Roots:
+        return row_roots(self.majorant(saved, lam, wanted), lam, len(self.axes))
+
+    def _on_ball(self, x: Known, at: Situation) -> tuple[Tensor, Tensor, Tensor]:
+        """A lower bound of rho, a bound of ||D^2 n||, and the displacement of n.
+
+        The standard deviation of a row is 1/sqrt(d)-Lipschitz, so that rho and the largest
+        ||D^2 n|| on the ball are known exactly. Source: Corollary (cor:ball), part (ii).
+        """
+        d = math.prod(x.shape[-len(self.axes) :])
+        limit = 2 * math.sqrt(math.prod(x.shape))
+        rho, bend = normalisation_floor(self.eps, at.floor)
+        bend = bend / math.sqrt(d)
+        if x.value is None:
+            if rho == 0:
+                raise Unknown(
+                    "A LayerNorm has eps = 0, so no bound holds for every input: "
+                    "give variance_floor."
+                )
+            one = x.jet.a.new_ones(1)
+            return rho * one, bend * one, least(x.moved / rho, limit * one)
+        deviation = self._rows(x).square().mean(-1).sqrt()
+        step = (torch.as_tensor(x.moved).reshape(-1, 1) / math.sqrt(d)).to(deviation)
+        low = (deviation - step).clamp(min=0).square()
+        high = (deviation + step).square()
+        rho = largest((low + self.eps).sqrt().amin(-1), rho)
+        worst = largest(low, self.eps / 4)  # where it is largest, near eps/4
+        worst = torch.minimum(worst, high)
+        second = normalisation_second(worst, self.eps).nan_to_num(nan=math.inf).amax(-1)
+        return rho, least(second / math.sqrt(d), bend), least(x.moved / rho, limit)
+
+    def _rows(self, x: Known) -> Tensor:
+        """The rows at the centre (n, N, d), their means taken off."""
+        d = math.prod(x.shape[-len(self.axes) :])
+        return self._centre(x.value).reshape(len(x.value), -1, d)
+
+    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+        x = inputs[0]
+        rho, bend, turned = self._on_ball(x, at)
+        d = math.prod(x.shape[-len(self.axes) :])
+        jet = x.jet.smooth(at.number("slope", 1 / rho), at.number("bend", bend))
+        return Known(jet, moved=turned, full=math.sqrt(math.prod(x.shape)), row=math.sqrt(d))
+
+    def gained(self, x: Known, gamma: Known, beta: Known | None, at: Situation) -> Known:
+        """What is known of gamma n(x) + beta as one map: diag(gamma) Dn has a smaller norm than its
+        factors. The gain has the shape of a row; the sizes are left to `Product`.
+
+        Source: Lemma 3 (lem:layernorm), Corollary (cor:ball), part (ii).
+        """
+        rho, bend, turned = self._on_ball(x, at)
+        gain = gamma.value[0].flatten()
+        rows = math.prod(x.shape) // len(gain)
+        Gamma = gain.abs().max() + gamma.moved
+        norms = {"first": Gamma / rho, "own": math.sqrt(math.prod(x.shape)), "mixed": 1 / rho}
+        own = norms["own"]
+        if x.value is not None:
+            point = gained_norms(self._rows(x), gain, self.eps, self.centred)
+            own = point["own"]
+            still = torch.as_tensor(x.moved) == 0
+            drift = torch.where(still, 0.0, bend * x.moved)  # of Dn
+            first = point["first"] + gamma.moved / rho + gain.abs().max() * drift
+            norms = {
+                "first": least(first, norms["first"]),
+                "own": least(own + turned, norms["own"]),
+                "mixed": least(point["mixed"] + drift, norms["mixed"]),
+            }
+        norms["second"] = Gamma * bend
+        norms = {name: at.number(name, value) for name, value in norms.items()}
+        second = {(0, 0): norms["second"], (0, 1): norms["mixed"]}
+        jet = Jet.of([x.jet, gamma.jet], [norms["first"], norms["own"]], second)
+        moved = least(norms["first"] * x.moved, Gamma * turned)
+        moved = moved + least(own, norms["own"]) * gamma.moved
+        if beta is not None and (beta.group is None or beta.group != gamma.group):
+            jet = jet + beta.jet.linear(math.sqrt(rows))
+            moved = moved + math.sqrt(rows) * beta.moved
+        return Known(jet, moved=moved)

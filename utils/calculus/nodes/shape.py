@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.calculus.jets import Jet
+from utils.calculus.lemmas import hypot, largest
 from utils.calculus.nodes.arrays import aligned, plus, sum_to
 from utils.calculus.nodes.base import Node, Parts
+from utils.calculus.nodes.known import Known, Situation
 
 
 class LinearMap(Node):
     """A linear map A of one input. Subclasses give `apply` = A and `transpose` = A^T, both on
-    arrays (n, ...)."""
+    arrays (n, ...); no entry of A is negative."""
+
+    whole_rows = False  # whether each row of the output is a row of the input
 
     def apply(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -38,6 +44,23 @@ class LinearMap(Node):
     def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
         return None
 
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        x = inputs[0]
+        norm = schur(self.apply, self.transpose, x)
+        known = Known(x.jet.linear(norm), moved=norm * x.moved, full=norm * x.full)
+        if not self.whole_rows:
+            return known
+        sizes = {"row": x.row, "spread": x.spread, "centred": norm * x.centred}
+        return replace(known, **sizes)
+
+
+def schur(apply: Callable, transpose: Callable, x: Known) -> float:
+    """>= ||A|| of a map without negative entries: the root of its largest sum of a row times that
+    of a column, which is the norm itself of selections, copies and sums."""
+    rows = apply(torch.ones_like(x.stand_in[:1]))
+    columns = transpose(torch.ones_like(rows))
+    return math.sqrt(float(rows.max()) * float(columns.max()))
+
 
 class Reshape(LinearMap):
     """The same numbers in another shape: an isometry."""
@@ -45,6 +68,18 @@ class Reshape(LinearMap):
     def __init__(self, inner: Sequence[int], outer: Sequence[int]):
         self.inner = tuple(inner)
         self.outer = tuple(outer)
+        self.whole_rows = self.inner[-1:] == self.outer[-1:]
+
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        x = inputs[0]
+        if x.shape == self.outer:
+            return x
+        known = replace(super().norms(inputs, saved, at), group=x.group)
+        old = x.shape[-1] if x.shape else 1
+        new = self.outer[-1] if self.outer else 1
+        if old % new == 0:  # rows in pieces
+            return replace(known, row=x.row)
+        return replace(known, row=math.sqrt(new / old) * x.row) if new % old == 0 else known
 
     def apply(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], *self.outer)
@@ -59,6 +94,10 @@ class Permute(LinearMap):
     def __init__(self, order: Sequence[int]):
         self.order = tuple(order)
         self.back = tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
+        self.whole_rows = self.order[-1:] == (len(self.order) - 1,)
+
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        return replace(super().norms(inputs, saved, at), group=inputs[0].group)
 
     def apply(self, x: Tensor) -> Tensor:
         return x.permute(0, *(axis + 1 for axis in self.order))
@@ -73,7 +112,24 @@ class Select(LinearMap):
 
     def __init__(self, inner: Sequence[int], axis: int, part: int | slice):
         self.inner = tuple(inner)
+        self.axis = axis
+        self.part = part
         self.index = (slice(None),) * (axis + 1) + (part,)
+        self.whole_rows = axis < len(self.inner) - 1
+
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        """A node that acts on every row alone is asked anew, for the rows that are kept."""
+        x = inputs[0]
+        behind = len(x.shape) - self.axis
+        alone = x.node is not None and x.node.mixes is not None and behind > x.node.mixes
+        if not alone or isinstance(self.part, int):
+            return super().norms(inputs, saved, at)
+        kept = []
+        for t in x.inputs:
+            axis = len(t.shape) - behind
+            varies = axis >= 0 and t.shape[axis] > 1
+            kept.append(at.apply(Select(t.shape, axis, self.part), [t]) if varies else t)
+        return at.apply(x.node, kept)
 
     def apply(self, x: Tensor) -> Tensor:
         return x[self.index]
@@ -92,6 +148,7 @@ class Expand(LinearMap):
         self.inner = tuple(inner)
         self.outer = tuple(outer)
         self.copies = math.prod(self.outer) / max(1, math.prod(self.inner))
+        self.whole_rows = self.inner[-1:] == self.outer[-1:]
 
     def apply(self, x: Tensor) -> Tensor:
         return aligned(x, len(self.outer)).expand(-1, *self.outer)
@@ -109,6 +166,13 @@ class Sum(LinearMap):
         self.keepdim = keepdim
         self.scale = scale
         self.count = math.prod(self.inner[axis] for axis in axes)
+
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        """A sum of rows is no longer than the longest times their number."""
+        known = super().norms(inputs, saved, at)
+        if len(self.inner) in self.axes:
+            return known
+        return replace(known, row=self.scale * self.count * inputs[0].row)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.scale * x.sum(self.axes, keepdim=self.keepdim)
@@ -142,6 +206,13 @@ class Mask(LinearMap):
         kept, inner = saved
         return sum_to(torch.where(kept, lam, 0.0), inner), None
 
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        x = inputs[0]
+        norm = math.sqrt(math.prod(self.shape) / max(1, math.prod(x.shape)))
+        filled = abs(self.value) * math.sqrt(math.prod(self.shape)) if self.value else 0.0
+        full = hypot(norm * x.full, filled)
+        return Known(x.jet.linear(norm), moved=norm * x.moved, full=full)
+
 
 class Patches(LinearMap):
     """Images (n, 1, C, S, S') -> the patches that a convolution reads, (n, 1, places, C k k')."""
@@ -169,6 +240,15 @@ class Lookup(LinearMap):
     def forward(self, *z: Tensor) -> tuple[Tensor, object]:
         table, index = z
         return table[0][index], index
+
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        """The root of how often one row is read is the norm."""
+        table, index = inputs
+        places = index.value.flatten(1)
+        often = (places[:, :, None] == places[:, None]).sum(-1).amax(1)
+        norm = often.to(table.jet.a).sqrt()
+        jet = table.jet.linear(norm)
+        return Known(jet, moved=norm * table.moved, row=table.row, spread=table.spread)
 
     def tangent(self, saved: Tensor, dz: Parts) -> Tensor | None:
         table = dz[0]
@@ -224,11 +304,35 @@ class Combination(Node):
             parts.append(sum_to(part, inner) if want else None)
         return tuple(parts)
 
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        """Norms add up; of an operand that is copied along new axes times the root of the
+        copies."""
+        shape = torch.broadcast_shapes(*(x.shape for x in inputs))
+        total = Known(Jet.constant(inputs[0].jet.a.shape[1], inputs[0].jet.a), shape, 0, 0, 0, 0, 0)
+        for factor, x in zip(self.factors, inputs, strict=True):
+            c = abs(factor)
+            width = c * math.sqrt(_width(shape) / _width(x.shape))
+            copies = c * math.sqrt(math.prod(shape) / max(1, math.prod(x.shape)))
+            one_row = x.rows == 1 and math.prod(shape[:-1]) > 1  # the same in every row
+            total = Known(
+                total.jet + x.jet.linear(copies),
+                moved=total.moved + copies * x.moved,
+                full=total.full + copies * x.full,
+                row=total.row + width * x.row,
+                centred=total.centred + (0 if one_row else copies * x.centred),
+                spread=total.spread + (0 if one_row else width * x.spread),
+            )
+        return total
+
     def second_order(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
         return None
 
     def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
         return None
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    return shape[-1] if shape else 1
 
 
 class Concatenation(Node):
@@ -261,3 +365,18 @@ class Concatenation(Node):
 
     def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
         return None
+
+    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+        """The parts are orthogonal: their norms add up in squares; the longest row is one of
+        theirs."""
+        side_by_side = self.axis == len(self.inner[0])
+        total = inputs[0]
+        for x in inputs[1:]:
+            row = hypot(total.row, x.row) if side_by_side else largest(total.row, x.row)
+            total = Known(
+                total.jet.beside(x.jet),
+                moved=hypot(total.moved, x.moved),
+                full=hypot(total.full, x.full),
+                row=row,
+            )
+        return replace(total, node=None, inputs=(), group=None, notes={})

@@ -1,0 +1,139 @@
+"""The rung majorant: the absolute forms of all nodes together, their largest eigenvalue by products.
+
+No products of norms: tangents and adjoints are exact, only the signs of the nodes' second-order
+forms are lost. Source: Theorem (thm:majorant), Theorem (thm:lanczos) for positive semidefinite
+matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from utils import curvature
+from utils.bounds.subject import ROUNDING, Subject
+from utils.calculus.tape import Named, Tape
+
+MEMORY = 2**31  # of the working arrays [bytes]
+ACTIVATIONS = 6  # arrays for each value during a walk
+MOST = 64  # examples at a time: their vectors stay near the caches of a CPU
+
+
+def majorant(
+    of: Subject,
+    confidence: float = 0.95,
+    max_steps: int = 60,
+    rounds: int = 12,
+    seed: int = 0,
+    memory: int = MEMORY,
+) -> dict[str, Tensor]:
+    """lambda_max(Q_i) >= ||H_i|| for Q_i = J^T S J + sum over nodes of |M_z| on the tangents.
+
+    The couplings are balanced once along a random direction, then in `rounds` power steps on Q_i
+    from the gradient and that direction; then Lanczos runs `max_steps` products from a uniform
+    start of a stream of its own. "lower" (n,) <= lambda_max(Q_i) always; "M" (n,) >=
+    lambda_max(Q_i) for all examples together with probability `confidence` over that start (inf
+    while too few steps say nothing). memory: budget [bytes]. Raises ValueError for a confidence
+    outside (0, 1), Unknown for a node without a majorant.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: give a number between 0 and 1.")
+    failure = (1 - confidence) / of.n
+    first = Majorants(of, torch.arange(1))
+    each = 8 * ((max_steps + 4) * first.P + ACTIVATIONS * of.total)
+    size = max(1, min(MOST, memory // each))
+    parts = []
+    for rows in torch.arange(of.n, device=of.x.device).split(size):
+        operator = Majorants(of, rows)
+        start = uniform(first.P, seed).to(of.x.device).expand(len(rows), -1)
+        operator.balance(start, rounds)
+        ritz = curvature.lanczos(
+            operator, start, max_steps=max_steps, done=lambda ritz, j: ritz.exhausted
+        )
+        parts.append((operator.unscaled(ritz.high), ritz.steps, ritz.exhausted))
+    high, steps, exhausted = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    worst = min(2 * failure, 0.999)
+    gaps = {q: curvature.lanczos_epsilon(q, first.P, worst) for q in set(steps.tolist())}
+    gap = torch.tensor([gaps[q] for q in steps.tolist()], dtype=torch.float64)
+    certified = torch.where(gap < 0.5, high / (1 - gap), torch.inf)
+    return {"lower": high, "M": torch.where(exhausted, high, certified) * ROUNDING, "steps": steps}
+
+
+def uniform(P: int, seed: int) -> Tensor:
+    """A direction (1, P), uniform on the sphere, from a stream of its own."""
+    generator = torch.Generator().manual_seed(0x5EED_0F_1A7C05 + seed)
+    return torch.randn(1, P, generator=generator, dtype=torch.float64)
+
+
+class Majorants:
+    """The matrices Q_i of the examples in `rows`, times powers of two that keep their products near
+    1, as maps on vectors (m, P), one for each example."""
+
+    def __init__(self, of: Subject, rows: Tensor):
+        self.of = of
+        self.rows = rows
+        self.tape = of.tape(rows)
+        self.here = torch.arange(len(rows), device=of.x.device)
+        self.sigma: Named = {}
+        self.exponent = torch.zeros(len(rows), dtype=torch.int32, device=of.x.device)
+        point = dict(of.model.named_parameters())
+        self.shapes = {name: point[name].shape for name in of.names}
+        self.P = sum(shape.numel() for shape in self.shapes.values())
+
+    def tensors(self, V: Tensor) -> Named:
+        """(m, P) -> tensors (m, ...) by name."""
+        parts = V.split([shape.numel() for shape in self.shapes.values()], 1)
+        return {
+            name: part.reshape(len(V), *shape)
+            for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
+        }
+
+    def vectors(self, tensors: dict[str, Tensor | None], m: int) -> Tensor:
+        """The inverse; None is zero."""
+        zeros = self.tape.losses.new_zeros
+        parts = [
+            zeros(m, shape.numel()) if tensors[name] is None else tensors[name].reshape(m, -1)
+            for name, shape in self.shapes.items()
+        ]
+        return torch.cat(parts, 1)
+
+    def tape_of(self, local: Tensor) -> Tape:
+        """The tape of the examples rows[local]."""
+        if not torch.equal(self.here, local):
+            self.here = local
+            self.tape = self.of.tape(self.rows[local])
+            self.tape.sigma = {name: t[local] for name, t in self.sigma.items()}
+        return self.tape
+
+    @torch.no_grad()
+    def __call__(self, V: Tensor, local: Tensor, out: Tensor | None = None) -> Tensor:
+        """2^e Q_i V_j (m, P), i = rows[local[j]]."""
+        product = self.tape_of(local).product(self.tensors(V), "majorant")
+        return torch.ldexp(self.vectors(product, len(V)), self.exponent[local, None])
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """Eigenvalues of the maps (m,) as those of the Q_i."""
+        return torch.ldexp(values, -self.exponent)
+
+    @torch.no_grad()
+    def balance(self, start: Tensor, rounds: int) -> None:
+        """Weigh the couplings: the order of magnitude along `start` (m, P), in which everything
+        moves, then steps of descent at the leading eigenvector, which the gradient is near."""
+        everyone = self.here
+        self.tape.balance(self.tensors(normed(start)), whole=True)
+        gradient = self.vectors(self.tape.gradient(), len(start))
+        v = normed(normed(gradient) + normed(start))
+        for _ in range(rounds):
+            self.tape.balance(self.tensors(v))
+            v = self(v, everyone)
+            size = v.abs().amax(1)
+            self.exponent -= torch.where(size > 0, torch.frexp(size).exponent, 0)
+            v = normed(v)
+        self.sigma = dict(self.tape.sigma)
+
+
+def normed(V: Tensor) -> Tensor:
+    """Rows of length 1, 0 for 0; the squares do not underflow."""
+    tiny = torch.finfo(V.dtype).tiny
+    V = V / V.abs().amax(1, keepdim=True).clamp_min(tiny)
+    return V / V.norm(dim=1, keepdim=True).clamp_min(tiny)

@@ -1,0 +1,154 @@
+"""What every rung is asked about: a network's chain, the examples, and the weights that move."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from utils.calculus.chain import Chain, read_chain
+from utils.calculus.nodes.loss import IGNORED
+from utils.calculus.tape import Tape
+from utils.models import LOSSES, logits, prepared_copy
+
+ROUNDING = 1 + 1e-10  # covers that of sums of products of nonnegative numbers
+
+
+def group_of(parameter: str) -> str:
+    """The module of a parameter, or its own name where it stands alone.
+
+    >>> group_of("blocks.0.mlp.fc1.weight"), group_of("pos")
+    ('blocks.0.mlp.fc1', 'pos')
+    """
+    return parameter.rsplit(".", 1)[0]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and examples, checked, in float64.
+
+    model    a copy in evaluation mode; `chain` read off it
+    x, y     inputs (n, ...) and labels (n,) or (n, T), or targets for "mse"
+    loss     "cross_entropy" or "mse"
+    groups   names of all groups of weights: the parameters of one module are one group
+    kept     which of them the Hessian is taken in
+    size     numbers in the largest value of one example times its last axis
+    total    numbers in all values of one example
+    """
+
+    model: nn.Module
+    chain: Chain
+    x: Tensor
+    y: Tensor
+    loss: str
+    groups: list[str]
+    kept: list[int]
+    size: int
+    total: int
+
+    @property
+    def n(self) -> int:
+        """How many examples there are."""
+        return len(self.x)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters of the groups kept."""
+        kept = {self.groups[g] for g in self.kept}
+        return [name for name, _ in self.model.named_parameters() if group_of(name) in kept]
+
+    def tape(self, rows: Tensor, names: list[str] | None = None) -> Tape:
+        """Values and adjoints of the examples in `rows`; `names` of the parameters that move."""
+        names = self.names if names is None else names
+        return tape_of(self.model, self.chain, self.x[rows], self.y[rows], self.loss, names)
+
+
+def tape_of(
+    model: nn.Module, chain: Chain, x: Tensor, y: Tensor, loss: str, names: list[str]
+) -> Tape:
+    """The tape of a model's chain at its own weights, of which those in `names` move."""
+    point = {name: t.detach() for name, t in model.named_parameters()} | dict(model.named_buffers())
+    with torch.no_grad():
+        return Tape(chain, point, x, y, loss, names)
+
+
+def subject(
+    model: nn.Module, x: Tensor, y: Tensor, loss: str, parameters: list[str] | None = None
+) -> Subject:
+    """Check a network and examples, and read the chain.
+
+    model: any traceable module that returns logits, left unchanged. x, y, loss: as in `Subject`.
+    parameters: name patterns; a group counts as a whole if one of its parameters matches. Raises
+    ValueError where something does not fit, Untraceable where the network cannot be read.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+    if len(x) != len(y) or len(x) == 0:
+        raise ValueError(
+            f"x has {len(x)} examples and y has {len(y)}: give as many labels as inputs, "
+            "at least one."
+        )
+    if not all(bool(t.isfinite().all()) for t in (x, *model.parameters())):
+        raise ValueError("The inputs or the weights hold NaN or infinity: remove them, run again.")
+    twin = prepared_copy(model)
+    device = next(twin.parameters()).device
+    x = x.to(device, torch.float64) if x.is_floating_point() else x.to(device)
+    y = y.to(device, torch.float64) if y.is_floating_point() else y.to(device)
+    chain = read_chain(twin, x)
+    with torch.no_grad():
+        output = logits(twin, x[:1])
+    _check_labels(y, output.shape, loss)
+    names = [name for name, _ in twin.named_parameters()]
+    tape = tape_of(twin, chain, x[:1], y[:1], loss, names)
+    if not torch.allclose(tape.values[chain.output], output, rtol=1e-6, atol=1e-9):
+        raise ValueError("The network's chain does not compute what the network does: report it.")
+    values = [t for t in tape.values.values() if t.ndim > 1]
+    groups = list(dict.fromkeys(map(group_of, names)))
+    return Subject(
+        model=twin,
+        chain=chain,
+        x=x,
+        y=y,
+        loss=loss,
+        groups=groups,
+        kept=_kept(names, groups, parameters),
+        size=max(math.prod(t.shape[1:]) * t.shape[-1] for t in values),
+        total=sum(math.prod(t.shape[1:]) for t in values),
+    )
+
+
+def _check_labels(y: Tensor, shape: torch.Size, loss: str) -> None:
+    classes = shape[-1]
+    if y.is_floating_point() and loss == "mse":
+        if math.prod(y.shape[1:]) != math.prod(shape[1:]):
+            raise ValueError(
+                f"The targets have shape {tuple(y.shape)}, the output {tuple(shape)}: "
+                "give one target for each number of the output."
+            )
+        return
+    if y.is_floating_point() or math.prod(y.shape[1:]) != math.prod(shape[1:-1]):
+        raise ValueError(
+            f"y has shape {tuple(y.shape)} and type {y.dtype}: give one integer label for each row "
+            "of logits."
+        )
+    counted = y[y != IGNORED] if y.ndim > 1 else y
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+        raise ValueError(
+            f"y has to hold integer classes from 0 to {classes - 1}: map the labels to them."
+        )
+
+
+def _kept(names: list[str], groups: list[str], patterns: list[str] | None) -> list[int]:
+    """Indices of the groups with a parameter that matches."""
+    if patterns is not None:
+        names = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+    chosen = set(map(group_of, names))
+    kept = [g for g, group in enumerate(groups) if group in chosen]
+    if not kept:
+        raise ValueError(
+            f"No parameter matches {patterns}: take patterns from the model's named_parameters."
+        )
+    return kept
