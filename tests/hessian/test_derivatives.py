@@ -124,7 +124,9 @@ def test_layer_norm_trap():
 
 
 def test_functions_by_name_and_options():
-    """The named functions are the class's methods; float32 and integer inputs are taken as they come."""
+    """The named functions are the class's methods; float32 and integer inputs are taken as they
+    come.
+    """
     model, x, y, loss = case("vit-post-cls-tanh")
     V = torch.ones(len(x), Losses(model, x, y).P, dtype=F64)
     H = sample_hessians(model, x[:2], y[:2], loss)
@@ -156,7 +158,9 @@ def test_functions_by_name_and_options():
     "name", ["vit-pre-cls-gelu-depth2", "vit-post-mean-gelu-depth2-mse", "mlp"]
 )
 def test_both_engines_give_the_same(name):
-    """The calculus, and jvp(grad) on the same network made unknown to it by a hook that does nothing."""
+    """The calculus, and jvp(grad) on the same network made unknown to it by a hook that does
+    nothing.
+    """
     model, x, y, loss = case(name)
     twin = copy.deepcopy(model)
     twin.register_forward_hook(lambda *_: None)
@@ -172,7 +176,9 @@ def test_both_engines_give_the_same(name):
 
 
 def test_a_changed_network_is_not_taken_for_ours():
-    """A replaced layer, a patched forward, a parametrisation: the calculus steps aside and the answer stays right."""
+    """A replaced layer, a patched forward, a parametrisation: the calculus steps aside and the
+    answer stays right.
+    """
     x, y = samples()
 
     class Doubled(nn.Linear):
