@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from utils.models import build_model
+from utils.networks import build_model
 
 
 class Linear(nn.Module):

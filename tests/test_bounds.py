@@ -25,7 +25,15 @@ ROUNDING = 1e-13  # of the dense Hessian: diag(p) - p p^T cancels for a well-fit
 def small_vit(seed, scale=1.0, head_scale=None, **sizes):
     """A ViT in float64 on 4x4 images; every weight, bias and LayerNorm parameter random, of size `scale`."""
     defaults = dict(
-        image_size=4, channels=1, patch_size=2, n_classes=3, depth=1, n_heads=2, d_model=4, d_ff=4, eps=1e-2
+        image_size=4,
+        channels=1,
+        patch_size=2,
+        n_classes=3,
+        depth=1,
+        n_heads=2,
+        d_model=4,
+        d_ff=4,
+        eps=1e-2,
     )
     model = build_model("vit", **{**defaults, **sizes}).double()
     generator = torch.Generator().manual_seed(seed)
@@ -33,7 +41,10 @@ def small_vit(seed, scale=1.0, head_scale=None, **sizes):
         for name, p in model.named_parameters():
             fan_in = p.shape[-1] if p.ndim == 2 and name != "pos" else 1
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            p.copy_(scale * noise / math.sqrt(fan_in) + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+            p.copy_(
+                scale * noise / math.sqrt(fan_in)
+                + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            )
     return model
 
 
@@ -50,7 +61,9 @@ def flat(model):
 
 def unflat(model, w):
     pieces = w.split([p.numel() for p in model.parameters()])
-    return {name: t.view(p.shape) for (name, p), t in zip(model.named_parameters(), pieces, strict=True)}
+    return {
+        name: t.view(p.shape) for (name, p), t in zip(model.named_parameters(), pieces, strict=True)
+    }
 
 
 def group_indices(model, groups):
@@ -68,7 +81,9 @@ def exact_hessian(model, x, y, loss="cross_entropy", w=None):
     """The dense Hessian of one sample's loss in all weights, (P, P)."""
 
     def value(w):
-        return loss_from_logits(functional_call(model, unflat(model, w), (x[None],)), y[None], loss)[0]
+        return loss_from_logits(
+            functional_call(model, unflat(model, w), (x[None],)), y[None], loss
+        )[0]
 
     return jacfwd(grad(value))(flat(model) if w is None else w)
 
@@ -101,7 +116,9 @@ def bilinear_norm(T, rounds=6):
         u[start] = 1.0
         u = u + 1e-3
         for _ in range(rounds):
-            v = torch.linalg.svd(torch.einsum("zpq,p->zq", T, u / u.norm()), full_matrices=False).Vh[0]
+            v = torch.linalg.svd(
+                torch.einsum("zpq,p->zq", T, u / u.norm()), full_matrices=False
+            ).Vh[0]
             _, S, Vh = torch.linalg.svd(torch.einsum("zpq,q->zp", T, v), full_matrices=False)
             u, best = Vh[0], max(best, float(S[0]))
     return best
@@ -119,11 +136,15 @@ def test_softmax_constants():
     torch.testing.assert_close(bounds.softmax_first(s), exact, rtol=1e-9, atol=1e-12)
     assert (bounds.softmax_first(s) >= exact - 1e-15).all()
     assert exact.max() <= bounds.SOFTMAX_FIRST
-    assert float(bounds.softmax_first(torch.tensor([[0.5, 0.5, 0.0]]).double())) == pytest.approx(0.5, rel=1e-11)
+    assert float(bounds.softmax_first(torch.tensor([[0.5, 0.5, 0.0]]).double())) == pytest.approx(
+        0.5, rel=1e-11
+    )
     # saturated rows: s = (1 - 3e, 2e, e), largest eigenvalue of order e, no cancellation
     e = 1e-30
     row = torch.tensor([[1.0, 2 * e, e]], dtype=torch.float64)
-    limit = torch.linalg.eigvalsh(torch.tensor([[3.0, -2, -1], [-2, 2, 0], [-1, 0, 1]], dtype=torch.float64))
+    limit = torch.linalg.eigvalsh(
+        torch.tensor([[3.0, -2, -1], [-2, 2, 0], [-1, 0, 1]], dtype=torch.float64)
+    )
     assert float(bounds.softmax_first(row)) == pytest.approx(e * float(limit[-1]), rel=1e-10)
     assert float(bounds.softmax_first(torch.tensor([[1.0, 0, 0]]).double())) == 0.0
     assert float(bounds.softmax_first(torch.ones(1, 1).double())) == 0.0
@@ -183,11 +204,27 @@ def activation_forms(name):
 
 CONSTANTS = {
     "softmax": (softmax_forms, 8, (bounds.SOFTMAX_FIRST, bounds.SOFTMAX_SECOND)),
-    "cross-entropy": (cross_entropy_forms, 4, (bounds.CROSS_ENTROPY_FIRST, bounds.CROSS_ENTROPY_SECOND)),
-    "layer-norm": (layer_norm_form(4, 0.1), 8, (bounds.LAYER_NORM_SECOND, bounds.LAYER_NORM_UNIFORM)),
-    "layer-norm-wide": (layer_norm_form(9, 1e-4), 18, (bounds.LAYER_NORM_SECOND, bounds.LAYER_NORM_UNIFORM)),
+    "cross-entropy": (
+        cross_entropy_forms,
+        4,
+        (bounds.CROSS_ENTROPY_FIRST, bounds.CROSS_ENTROPY_SECOND),
+    ),
+    "layer-norm": (
+        layer_norm_form(4, 0.1),
+        8,
+        (bounds.LAYER_NORM_SECOND, bounds.LAYER_NORM_UNIFORM),
+    ),
+    "layer-norm-wide": (
+        layer_norm_form(9, 1e-4),
+        18,
+        (bounds.LAYER_NORM_SECOND, bounds.LAYER_NORM_UNIFORM),
+    ),
 } | {
-    name: (activation_forms(name), 1, (*bounds.ACTIVATION_BOUNDS[name], bounds.ACTIVATION_THIRD[name]))
+    name: (
+        activation_forms(name),
+        1,
+        (*bounds.ACTIVATION_BOUNDS[name], bounds.ACTIVATION_THIRD[name]),
+    )
     for name in ("gelu", "gelu_tanh")
 }
 
@@ -198,7 +235,10 @@ def test_constants_by_ascent(case):
     form, size, constants = CONSTANTS[case]
     generator = torch.Generator().manual_seed(0)
     for k, constant in enumerate(constants):
-        z, best = torch.randn(10, size, generator=generator, dtype=torch.float64).requires_grad_(), 0.0
+        z, best = (
+            torch.randn(10, size, generator=generator, dtype=torch.float64).requires_grad_(),
+            0.0,
+        )
         optimiser = torch.optim.Adam([z], lr=0.5)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.97)
         for _ in range(200):
@@ -237,15 +277,21 @@ def test_cross_entropy_norms():
     exact = torch.linalg.matrix_norm(torch.diag_embed(p) - p[:, :, None] * p[:, None, :], 2)
     torch.testing.assert_close(S, exact, rtol=1e-8, atol=1e-13)
     q = 1 - p.gather(1, y[:, None])[:, 0]
-    assert (r <= math.sqrt(2) * q * SLACK + 1e-14).all() and (S <= (2 * q).clamp(max=0.5) * SLACK + 1e-14).all()
+    assert (r <= math.sqrt(2) * q * SLACK + 1e-14).all() and (
+        S <= (2 * q).clamp(max=0.5) * SLACK + 1e-14
+    ).all()
     assert math.sqrt(2) <= bounds.CROSS_ENTROPY_FIRST < 1.4142137
     wrong = torch.tensor([[40.0, 0, 0]], dtype=torch.float64)
-    assert float(bounds.cross_entropy_norms(wrong, torch.tensor([1]))[0]) == pytest.approx(math.sqrt(2))
-    # a sample fitted to 1e-40 keeps its relative accuracy
-    tiny = bounds.cross_entropy_norms(torch.tensor([[92.0, 0.0]], dtype=torch.float64), torch.tensor([0]))
-    assert float(tiny[0]) == pytest.approx(math.sqrt(2) * math.exp(-92)) and float(tiny[1]) == pytest.approx(
-        2 * math.exp(-92)
+    assert float(bounds.cross_entropy_norms(wrong, torch.tensor([1]))[0]) == pytest.approx(
+        math.sqrt(2)
     )
+    # a sample fitted to 1e-40 keeps its relative accuracy
+    tiny = bounds.cross_entropy_norms(
+        torch.tensor([[92.0, 0.0]], dtype=torch.float64), torch.tensor([0])
+    )
+    assert float(tiny[0]) == pytest.approx(math.sqrt(2) * math.exp(-92)) and float(
+        tiny[1]
+    ) == pytest.approx(2 * math.exp(-92))
 
 
 @pytest.mark.parametrize("d", [3, 5, 16])
@@ -296,7 +342,9 @@ def test_layer_norm_of_a_sample():
     """Every number of layer_norm_norms against the Jacobians, and the prior above it."""
     for seed in range(4):
         norm = small_vit(seed, scale=1.5, eps=0.05).norm
-        h = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * (0.1 + seed)
+        h = torch.randn(
+            1, 5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ) * (0.1 + seed)
         got = {k: float(v.detach()) for k, v in bounds.layer_norm_norms(norm, h).items()}
 
         def joint(w, norm=norm):
@@ -340,19 +388,36 @@ def reference_nodes(model, w, x):
 
     def ln(name, z):
         y = z - z.mean(-1, keepdim=True)
-        return p[f"{name}.weight"] * y / (y.square().mean(-1, keepdim=True) + c.eps).sqrt() + p[f"{name}.bias"]
+        return (
+            p[f"{name}.weight"] * y / (y.square().mean(-1, keepdim=True) + c.eps).sqrt()
+            + p[f"{name}.bias"]
+        )
 
     def heads(z):
         return torch.stack(z.split(d_h, dim=-1))  # (H, rows, d_h)
 
     def attention(X, Xq, b):
-        Q, K, V = heads(lin(f"{b}.query", Xq)), heads(lin(f"{b}.key", X)), heads(lin(f"{b}.value", X))
+        Q, K, V = (
+            heads(lin(f"{b}.query", Xq)),
+            heads(lin(f"{b}.key", X)),
+            heads(lin(f"{b}.value", X)),
+        )
         K = K - K.mean(1, keepdim=True)
         T = Q @ K.mT / math.sqrt(d_h)
         A = T.softmax(-1)
         mixed = torch.cat(list(A @ V), -1)
         final = lin(f"{b}.out", mixed)
-        values = {"X": X, "X_query": Xq, "Q": Q, "K": K, "V": V, "T": T, "A": A, "O": mixed, "out": final}
+        values = {
+            "X": X,
+            "X_query": Xq,
+            "Q": Q,
+            "K": K,
+            "V": V,
+            "T": T,
+            "A": A,
+            "O": mixed,
+            "out": final,
+        }
         out.update({f"{b}.{k}": v for k, v in values.items()})
         return final
 
@@ -362,7 +427,12 @@ def reference_nodes(model, w, x):
         out.update({f"{b}.X": X, f"{b}.Z": Z, f"{b}.G": G, f"{b}.out": lin(f"{b}.fc2", G)})
         return lin(f"{b}.fc2", G)
 
-    patches = x[0].unfold(0, c.patch_size, c.patch_size).unfold(1, c.patch_size, c.patch_size).reshape(-1, 4)
+    patches = (
+        x[0]
+        .unfold(0, c.patch_size, c.patch_size)
+        .unfold(1, c.patch_size, c.patch_size)
+        .reshape(-1, 4)
+    )
     h = lin("embed", patches)
     if c.pool == "cls":
         h = torch.cat([p["cls"][None], h])
@@ -375,7 +445,13 @@ def reference_nodes(model, w, x):
             out[f"{b}.norm1"] = h
             h = h[:rows] + attention(X, X[:rows], f"{b}.attention")
             read = ln(f"{b}.norm2", h)
-            out |= {f"{b}.X": X, f"{b}.X_query": X[:rows], f"{b}.middle": h, f"{b}.read": read, f"{b}.norm2": h}
+            out |= {
+                f"{b}.X": X,
+                f"{b}.X_query": X[:rows],
+                f"{b}.middle": h,
+                f"{b}.read": read,
+                f"{b}.norm2": h,
+            }
             h = h + mlp(read, f"{b}.mlp")
         else:
             s = h[:rows] + attention(h, h[:rows], f"{b}.attention")
@@ -405,8 +481,15 @@ def measured_norms(model, x, y, loss):
         out["head.W"] = norm2(model.head.weight)
         for i, block in enumerate(model.blocks):
             a, m = f"blocks.{i}.attention", f"blocks.{i}.mlp"
-            maps = {"W_Q": block.attention.query, "W_K": block.attention.key, "W_V": block.attention.value}
-            out |= {f"{a}.{k}": norm2(v.weight) for k, v in (maps | {"W_O": block.attention.out}).items()}
+            maps = {
+                "W_Q": block.attention.query,
+                "W_K": block.attention.key,
+                "W_V": block.attention.value,
+            }
+            out |= {
+                f"{a}.{k}": norm2(v.weight)
+                for k, v in (maps | {"W_O": block.attention.out}).items()
+            }
             X, V, A = nodes[f"{a}.X"], nodes[f"{a}.V"], nodes[f"{a}.A"]
             rows = A.flatten(0, 1)
             jacobians = torch.diag_embed(rows) - rows[:, :, None] * rows[:, None, :]
@@ -448,11 +531,19 @@ def measured_norms(model, x, y, loss):
         f, K = nodes["f"], c.n_classes
         value = lambda f: loss_from_logits(f[None], y[None], loss)[0]  # noqa: E731
         out |= {"r_hat": float(grad(value)(f).norm()), "S_hat": norm2(jacfwd(grad(value))(f))}
-        norms = {f"blocks.{i}.{k}": b.get_submodule(k) for i, b in enumerate(model.blocks) for k in ("norm1", "norm2")}
+        norms = {
+            f"blocks.{i}.{k}": b.get_submodule(k)
+            for i, b in enumerate(model.blocks)
+            for k in ("norm1", "norm2")
+        }
         rows = {f"blocks.{c.depth - 1}.norm1": 1} if c.norm == "pre" and c.pool == "cls" else {}
         for name, module in (norms | ({"norm": model.norm} if c.norm == "pre" else {})).items():
-            got = {k: float(v) for k, v in bounds.layer_norm_norms(module, nodes[name][None]).items()}
-            out |= {f"{name}.{k}": v for k, v in got.items()}  # these are tested by themselves above
+            got = {
+                k: float(v) for k, v in bounds.layer_norm_norms(module, nodes[name][None]).items()
+            }
+            out |= {
+                f"{name}.{k}": v for k, v in got.items()
+            }  # these are tested by themselves above
             if c.norm == "pre" and name.endswith("norm1"):
                 queries = nodes[name][: rows.get(name)]
                 got = bounds.layer_norm_norms(module, queries[None])
@@ -473,7 +564,22 @@ CASES = [
     ]
 ]
 IDS = ["-".join(map(str, case.values())) for case in CASES]
-EQUAL = ("embed.X1", "head.X1", "r_hat", "S_hat", "Q", "K", "V", "A", "softmax1", "O1", "X1", "X_centred", "G1", "act1")
+EQUAL = (
+    "embed.X1",
+    "head.X1",
+    "r_hat",
+    "S_hat",
+    "Q",
+    "K",
+    "V",
+    "A",
+    "softmax1",
+    "O1",
+    "X1",
+    "X_centred",
+    "G1",
+    "act1",
+)
 EQUAL += ("columns", "q", "reach", "W_21")
 
 
@@ -491,13 +597,18 @@ def test_every_norm_of_the_chain(case, loss):
                 assert float(data[name][i]) >= value * (1 - 1e-9) - 1e-12, (name, scale)
                 assert float(prior[name][i]) >= value * (1 - 1e-9) - 1e-12, (name, scale)
                 if name.rsplit(".", 1)[-1] in EQUAL or name in EQUAL:
-                    assert float(data[name][i]) == pytest.approx(value, rel=1e-6, abs=1e-12), (name, scale)
+                    assert float(data[name][i]) == pytest.approx(value, rel=1e-6, abs=1e-12), (
+                        name,
+                        scale,
+                    )
         if case["activation"] == "relu":
             continue
         for radius in (0.1, 1.0):
             ball = hessian_norm_bounds(model, x, y, loss, "prior", radius=radius).terms
             for trial in range(2):
-                step = torch.randn(len(flat(model)), generator=torch.Generator().manual_seed(trial)).double()
+                step = torch.randn(
+                    len(flat(model)), generator=torch.Generator().manual_seed(trial)
+                ).double()
                 if trial == 1:  # all of the radius in one tensor, where it counts most
                     step = step * (torch.arange(len(step)) % 7 == 0) * flat(model).abs().square()
                 other = moved(model, radius * step / step.norm())
@@ -505,7 +616,9 @@ def test_every_norm_of_the_chain(case, loss):
                     assert float(ball[name][0]) >= value * (1 - 1e-9), (name, radius)
 
 
-@pytest.mark.parametrize("norm, pool, loss", [("pre", "cls", "cross_entropy"), ("post", "cls", "mse")])
+@pytest.mark.parametrize(
+    "norm, pool, loss", [("pre", "cls", "cross_entropy"), ("post", "cls", "mse")]
+)
 def test_ball_covers_radial_moves(norm, pool, loss):
     """The whole radius spent on one tensor, or one head of it, in its worst direction: every norm at the moved
     weights is within the norm of the ball. Weights of rank one, where the worst direction adds R exactly."""
@@ -524,8 +637,14 @@ def test_ball_covers_radial_moves(norm, pool, loss):
         if p.ndim == 1:  # its largest entry alone
             steps.append({name: p.detach() * (p.abs() == p.abs().max())})
         if name.endswith(".weight") and p.ndim == 2:
-            joint = {name: p.detach(), name[:-6] + "bias": model.get_parameter(name[:-6] + "bias").detach()}
-            halves = [torch.arange(len(p)) < len(p) // 2, torch.arange(len(p)) >= len(p) // 2]  # the heads
+            joint = {
+                name: p.detach(),
+                name[:-6] + "bias": model.get_parameter(name[:-6] + "bias").detach(),
+            }
+            halves = [
+                torch.arange(len(p)) < len(p) // 2,
+                torch.arange(len(p)) >= len(p) // 2,
+            ]  # the heads
             steps.append(joint)
             for half in halves:
                 both = {k: v * (half if v.ndim == 1 else half[:, None]) for k, v in joint.items()}
@@ -536,8 +655,12 @@ def test_ball_covers_radial_moves(norm, pool, loss):
             top = p.detach().sign() * (p.abs() == p.abs().max())
             steps.append({name: math.sqrt(len(p)) * top.detach(), bias: beta / beta.norm()})
         if name == "pos":
-            steps.append({"cls": model.cls.detach() / model.cls.norm(), name: p.detach() / p.norm()})
-            steps += [{name: p.detach() * (torch.arange(len(p)) == t)[:, None]} for t in range(len(p))]
+            steps.append(
+                {"cls": model.cls.detach() / model.cls.norm(), name: p.detach() / p.norm()}
+            )
+            steps += [
+                {name: p.detach() * (torch.arange(len(p)) == t)[:, None]} for t in range(len(p))
+            ]
     for step in steps:
         size = math.sqrt(sum(float(v.square().sum()) for v in step.values()))
         twin = bounds.prepared_copy(model)
@@ -550,7 +673,10 @@ def test_ball_covers_radial_moves(norm, pool, loss):
         if norm == "pre":
             enlarged, moved_form = closed_form(model, x, radius), closed_form(twin, x)
             for name, value in moved_form.items():
-                assert (torch.as_tensor(value) <= torch.as_tensor(enlarged[name]) * SLACK).all(), (name, list(step))
+                assert (torch.as_tensor(value) <= torch.as_tensor(enlarged[name]) * SLACK).all(), (
+                    name,
+                    list(step),
+                )
         assert loss_upper_bound(twin) <= loss_upper_bound(model, radius) * SLACK
 
 
@@ -582,12 +708,19 @@ def test_long_token_is_the_worst_case_of_the_mixing_norm():
     prior = hessian_norm_bounds(model, x, y, rung="prior").terms
     data = hessian_norm_bounds(model, x, y, rung="activations").terms
     O1, name = got["blocks.0.attention.O1"], "blocks.0.attention.O1"
-    slip = max(map(norm2, model.blocks[0].attention.value.weight.detach().view(2, 4, 8))) * got["blocks.0.attention.X1"]
+    slip = (
+        max(map(norm2, model.blocks[0].attention.value.weight.detach().view(2, 4, 8)))
+        * got["blocks.0.attention.X1"]
+    )
     assert O1 > 1.5 * slip  # the tempting bound is violated here
     assert 0.85 * float(prior[name][0]) < O1 <= float(prior[name][0])
     assert float(data[name][0]) == pytest.approx(O1, rel=1e-9)
-    form = {k: float(v) for k, v in closed_form(model, x).items() if torch.as_tensor(v).numel() == 1}
-    assert O1 <= math.sqrt(2) * norm2(model.blocks[0].attention.value.weight.detach()) * form["chi"] + math.sqrt(4)
+    form = {
+        k: float(v) for k, v in closed_form(model, x).items() if torch.as_tensor(v).numel() == 1
+    }
+    assert O1 <= math.sqrt(2) * norm2(model.blocks[0].attention.value.weight.detach()) * form[
+        "chi"
+    ] + math.sqrt(4)
 
 
 def test_long_class_token_in_a_post_norm_network():
@@ -625,7 +758,9 @@ def test_each_map_and_layer_norm_alone_large_or_zero(norm, factor):
             model.get_parameter(name).mul_(factor)
             if "norm" in name and factor == 0:
                 model.get_parameter(name[:-6] + "bias").zero_()
-        terms = [hessian_norm_bounds(model, x, y, rung=rung).terms for rung in ("prior", "activations")]
+        terms = [
+            hessian_norm_bounds(model, x, y, rung=rung).terms for rung in ("prior", "activations")
+        ]
         for key, value in measured_norms(model, x[0], y[0], "cross_entropy").items():
             assert all(float(t[key][0]) >= value * (1 - 1e-9) - 1e-12 for t in terms), (name, key)
 
@@ -650,8 +785,12 @@ def test_every_jet(case, scale):
     values = reference_nodes(model, w, x[0])
     both = {}
     with torch.no_grad():
-        both["activations"] = bounds._jets(model, bounds._data_norms(model, x, y, "cross_entropy"), x)
-        both["prior"] = bounds._jets(model, bounds._prior_norms(model, x, "cross_entropy", 0.0, None), x)
+        both["activations"] = bounds._jets(
+            model, bounds._data_norms(model, x, y, "cross_entropy"), x
+        )
+        both["prior"] = bounds._jets(
+            model, bounds._prior_norms(model, x, "cross_entropy", 0.0, None), x
+        )
     names = [name for name in both["prior"] if name in values]
     assert set(both["prior"]) - {f"blocks.{i}.X_query" for i in range(2)} <= set(names)
 
@@ -690,16 +829,22 @@ def test_growth_bounds_the_block_jacobian(norm):
         x, y = samples(seed, 1)
         h = reference_nodes(model, flat(model), x[0])
         for i, start in enumerate(("h0", "blocks.0.h")):
-            J = jacfwd(lambda z, block=model.blocks[i]: block(z.view(1, 4, 4)).flatten())(h[start].flatten())
+            J = jacfwd(lambda z, block=model.blocks[i]: block(z.view(1, 4, 4)).flatten())(
+                h[start].flatten()
+            )
             for rung in ("activations", "prior"):
                 growth = float(hessian_norm_bounds(model, x, y, rung=rung).terms["growth"][0, i])
                 assert norm2(J) <= growth * SLACK, (rung, i)
             if norm == "pre":
-                growth = float(hessian_norm_bounds(model, x, y, rung="closed_form").terms["growth"][0, i])
+                growth = float(
+                    hessian_norm_bounds(model, x, y, rung="closed_form").terms["growth"][0, i]
+                )
                 assert norm2(J) <= growth * SLACK
 
 
-@pytest.mark.parametrize("activation, seed, scale", [("gelu", 0, 0.3), ("gelu", 1, 2.5), ("gelu_tanh", 2, 1.0)])
+@pytest.mark.parametrize(
+    "activation, seed, scale", [("gelu", 0, 0.3), ("gelu", 1, 2.5), ("gelu_tanh", 2, 1.0)]
+)
 def test_constants_of_the_closed_form(activation, seed, scale):
     """t1, t2, o1, ... m2, x1, x2, P, D and E against the joint derivatives that they bound."""
     model = small_vit(seed, scale, activation=activation, pool="mean", d_model=4, d_ff=3)
@@ -722,7 +867,9 @@ def test_constants_of_the_closed_form(activation, seed, scale):
     def attention(name):
         def node(X, p):
             names = ("query", "key", "value")
-            Q, K, V = (torch.stack((X @ p[f"{k}.weight"].T + p[f"{k}.bias"]).split(2, -1)) for k in names)
+            Q, K, V = (
+                torch.stack((X @ p[f"{k}.weight"].T + p[f"{k}.bias"]).split(2, -1)) for k in names
+            )
             T = Q @ K.mT / math.sqrt(2)
             mixed = torch.cat(list(T.softmax(-1) @ V), -1)
             return {"t": T, "o": mixed, "y": mixed @ p["out.weight"].T + p["out.bias"]}[name]
@@ -771,13 +918,18 @@ def test_closed_form_follows_from_the_jet_rules(pool):
     first derivative sqrt(W^2 a^2 + |[X 1]|^2) and second W B + a.
     """
     model = small_vit(1, 1.3, d_model=6, n_heads=3, d_ff=5, depth=2, pool=pool)
-    with torch.no_grad():  # in the second block the last map's own weights dominate: |[O 1]|, |[G 1]|
+    with (
+        torch.no_grad()
+    ):  # in the second block the last map's own weights dominate: |[O 1]|, |[G 1]|
         for last in (model.blocks[1].attention.out, model.blocks[1].mlp.fc2):
             last.weight.mul_(1e-7)
             last.bias.mul_(1e-7)
     x, _ = samples(1, 1)
     form = {k: v for k, v in closed_form(model, x).items() if k != "growth"}
-    form = {k: float(torch.as_tensor(v)[..., 0] if torch.as_tensor(v).ndim else v) for k, v in form.items()}
+    form = {
+        k: float(torch.as_tensor(v)[..., 0] if torch.as_tensor(v).ndim else v)
+        for k, v in form.items()
+    }
     N, d, H = len(model.pos), 6, 3
     scalar = torch.ones(1, 1, dtype=torch.float64)
 
@@ -826,9 +978,16 @@ def test_closed_form_follows_from_the_jet_rules(pool):
         G = Z.smooth(1.128904145185, 0.7978845608)
         W = joint(G, math.hypot(w1 * chi, math.sqrt(N)), w2)
         for name, j in (("t", T), ("o", mixed), ("y", Y), ("g", G), ("m", W)):
-            assert (form[f"{p}{name}1"], form[f"{p}{name}2"]) == pytest.approx(numbers(j), rel=3e-5), name
+            assert (form[f"{p}{name}1"], form[f"{p}{name}2"]) == pytest.approx(
+                numbers(j), rel=3e-5
+            ), name
         # with fixed weights: the same rules without the weights' own parts
-        plain = jet(wQ, 0.0).times(jet(wK, 0.0), wQ * chi, wK * chi).linear(1 / math.sqrt(d / H)).smooth(0.5, 0.0)
+        plain = (
+            jet(wQ, 0.0)
+            .times(jet(wK, 0.0), wQ * chi, wK * chi)
+            .linear(1 / math.sqrt(d / H))
+            .smooth(0.5, 0.0)
+        )
         att = float(plain.times(jet(wV, 0.0), math.sqrt(N), wV * chi).a) * wO
         mlp = 1.128904145185 * w1 * w2
         assert form[f"{p}P_att"] == pytest.approx(1 + att * l1, rel=3e-5)
@@ -860,7 +1019,16 @@ VITS = dict(
 
 def drawn(seed, scale, depth, width, eps, activation, norm, pool):
     d, H = width
-    sizes = dict(depth=depth, d_model=d, n_heads=H, d_ff=d, eps=eps, activation=activation, norm=norm, pool=pool)
+    sizes = dict(
+        depth=depth,
+        d_model=d,
+        n_heads=H,
+        d_ff=d,
+        eps=eps,
+        activation=activation,
+        norm=norm,
+        pool=pool,
+    )
     return small_vit(seed, scale, **sizes)
 
 
@@ -883,7 +1051,9 @@ def steepest(function, w, radius, start, rounds=12):
         (slope,) = torch.autograd.grad(value, point)
         if float(slope.norm()) == 0:
             break
-        step = radius * slope / slope.norm()  # the maximiser of the linear part: monotone for convex functions
+        step = (
+            radius * slope / slope.norm()
+        )  # the maximiser of the linear part: monotone for convex functions
     return kept
 
 
@@ -902,7 +1072,9 @@ def steepest(function, w, radius, start, rounds=12):
 def test_activations_on_the_ball(seed, scale, radius, eps, activation, norm, pool, loss, depth):
     """Each radius against the displacement of its node, each norm against itself at the moved weights: at random
     points, where each node moves furthest, and where the Hessian's largest eigenvalue grows fastest."""
-    model = small_vit(seed, scale, depth=depth, eps=eps, activation=activation, norm=norm, pool=pool)
+    model = small_vit(
+        seed, scale, depth=depth, eps=eps, activation=activation, norm=norm, pool=pool
+    )
     x, y = samples(seed, 1)
     w, names = flat(model), [name for name, _ in model.named_parameters()]
     found = hessian_norm_bounds(model, x, y, loss, radius=radius)
@@ -910,7 +1082,9 @@ def test_activations_on_the_ball(seed, scale, radius, eps, activation, norm, poo
     prior = hessian_norm_bounds(model, x, y, loss, "prior", radius=radius)
     assert float(found.values) <= float(prior.values) * SLACK
     assert all(
-        float(ball[k]) <= float(prior.terms[k].mean()) * SLACK for k in prior.terms if k not in ("growth", "log10")
+        float(ball[k]) <= float(prior.terms[k].mean()) * SLACK
+        for k in prior.terms
+        if k not in ("growth", "log10")
     )
     nodes = [name.removeprefix("radius.") for name in ball if name.startswith("radius.")]
     reached = [name for name in nodes if name in at]
@@ -933,7 +1107,13 @@ def test_activations_on_the_ball(seed, scale, radius, eps, activation, norm, poo
 
     def largest(v, u):
         slope = torch.func.jvp(
-            grad(lambda v: loss_from_logits(functional_call(model, unflat(model, v), (x,)), y, loss)[0]), (v,), (u,)
+            grad(
+                lambda v: loss_from_logits(functional_call(model, unflat(model, v), (x,)), y, loss)[
+                    0
+                ]
+            ),
+            (v,),
+            (u,),
         )
         return (u @ slope[1]).abs()
 
@@ -957,7 +1137,9 @@ def test_activations_on_the_ball(seed, scale, radius, eps, activation, norm, poo
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c["activation"] != "relu"], ids=lambda c: "-".join(map(str, c.values()))
+    "case",
+    [c for c in CASES if c["activation"] != "relu"],
+    ids=lambda c: "-".join(map(str, c.values())),
 )
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_the_ball_of_radius_zero_is_the_point(case, loss):
@@ -971,7 +1153,9 @@ def test_the_ball_of_radius_zero_is_the_point(case, loss):
     for radius in (1e-6, 1e-4, 1e-2, 1.0, 100.0):
         here = hessian_norm_bounds(model, x, y, loss, radius=radius).values
         assert (last <= here * SLACK).all()
-        assert (here <= hessian_norm_bounds(model, x, y, loss, "prior", radius=radius).values * SLACK).all()
+        assert (
+            here <= hessian_norm_bounds(model, x, y, loss, "prior", radius=radius).values * SLACK
+        ).all()
         last = here
 
 
@@ -999,7 +1183,11 @@ def test_layer_norm_on_the_ball():
         assert float(ball["second"]) == pytest.approx(uniform, rel=1e-6)
 
 
-OWN = {"attention.query": ("X_query", "Q"), "attention.key": ("X", "K"), "attention.value": ("X", "V")}
+OWN = {
+    "attention.query": ("X_query", "Q"),
+    "attention.key": ("X", "K"),
+    "attention.value": ("X", "V"),
+}
 OWN |= {"attention.out": ("O", "out"), "mlp.fc1": ("X", "Z"), "mlp.fc2": ("G", "out")}
 
 
@@ -1017,9 +1205,12 @@ def test_radius_of_a_map_that_is_zero(name, norm):
                 p.zero_()
         at = reference_nodes(model, flat(model), x[0])
         reads, node = OWN.get(
-            name, ({"head": "v", "embed": "patches"}.get(name), {"head": "f", "embed": "h0"}.get(name))
+            name,
+            ({"head": "v", "embed": "patches"}.get(name), {"head": "f", "embed": "h0"}.get(name)),
         )
-        reads, node = (f"blocks.0.{kind}.{reads}", f"blocks.0.{kind}.{node}") if kind else (reads, node)
+        reads, node = (
+            (f"blocks.0.{kind}.{reads}", f"blocks.0.{kind}.{node}") if kind else (reads, node)
+        )
         X = at[reads].reshape(-1, module.weight.shape[1])
         X = torch.cat([X, torch.ones_like(X[:, :1])], 1)
         X = X - X.mean(0) if name == "attention.key" else X
@@ -1033,7 +1224,9 @@ def test_radius_of_a_map_that_is_zero(name, norm):
     assert radius <= moved_by * (2 if name == "embed" else 1.01)
 
 
-@pytest.mark.parametrize("part", ["query.bias", "query.weight", "key.weight", "value.weight", "value.bias"])
+@pytest.mark.parametrize(
+    "part", ["query.bias", "query.weight", "key.weight", "value.weight", "value.bias"]
+)
 def test_attention_on_the_ball_leaves_saturation(part):
     """Two tokens, rows nearly one-hot, large keys and values: a small move of the weights opens the rows, and every
     norm of the node grows by orders of magnitude. Without the prior's help."""
@@ -1065,7 +1258,10 @@ def test_mixing_as_covariance(d_h, N, size):
     generator, sharp = torch.Generator().manual_seed(N), []
     H = 2
     for _ in range(6):
-        Q, K, V = (size * torch.randn(H, N, d_h, generator=generator, dtype=torch.float64) for _ in range(3))
+        Q, K, V = (
+            size * torch.randn(H, N, d_h, generator=generator, dtype=torch.float64)
+            for _ in range(3)
+        )
         K = K - K.mean(1, keepdim=True)
         shape = Q.shape
 
@@ -1075,7 +1271,9 @@ def test_mixing_as_covariance(d_h, N, size):
 
         z = tuple(t.flatten() for t in (Q, K, V))
         A = (Q @ K.mT / math.sqrt(d_h)).softmax(-1)
-        sigma_K, sigma_V, covariance = (float(t) for t in bounds.covariances(A[None], K[None], V[None]))
+        sigma_K, sigma_V, covariance = (
+            float(t) for t in bounds.covariances(A[None], K[None], V[None])
+        )
         first = float(bounds.softmax_first(A).max())
         sizes = {
             "Q": max(map(norm2, Q)),
@@ -1093,10 +1291,19 @@ def test_mixing_as_covariance(d_h, N, size):
             "covariance": covariance,
             "reach": float((V[:, None] - (A @ V)[:, :, None]).norm(dim=-1).max()),
         }
-        unknown_moments, unknown_sizes = ({k: math.inf for k in group} for group in (moments, sizes))
-        kinds = [sizes | moments, sizes | unknown_moments, unknown_sizes | moments | {"A": sizes["A"]}]
+        unknown_moments, unknown_sizes = (
+            {k: math.inf for k in group} for group in (moments, sizes)
+        )
+        kinds = [
+            sizes | moments,
+            sizes | unknown_moments,
+            unknown_sizes | moments | {"A": sizes["A"]},
+        ]
         J = torch.autograd.functional.jacobian(mix, z)
-        T = [jacfwd(jacfwd(mix, argnums=j), argnums=i)(*z) for i, j in ((0, 0), (1, 1), (0, 1), (0, 2), (1, 2))]
+        T = [
+            jacfwd(jacfwd(mix, argnums=j), argnums=i)(*z)
+            for i, j in ((0, 0), (1, 1), (0, 1), (0, 2), (1, 2))
+        ]
         for kind in kinds:
             ones, twos = bounds._mixing(kind, d_h)
             for i in range(3):
@@ -1114,13 +1321,17 @@ def test_the_product_of_the_two_maps_of_an_mlp():
         for seed in range(6):
             mlp = small_vit(seed, 1.0, d_ff=6, activation=name).blocks[0].mlp
             with torch.no_grad():
-                if seed == 5:  # W_2 = W_1^T / ...: the slope c everywhere attains the bound of factors
+                if (
+                    seed == 5
+                ):  # W_2 = W_1^T / ...: the slope c everywhere attains the bound of factors
                     mlp.fc2.weight.copy_(mlp.fc1.weight.T)
                 k = bounds._mlp_weights(mlp, 0.0) | {"act1": c}
                 path = bounds._mlp_path(k, name)
                 assert path <= k["W_2"] * c * k["W_1"]
                 for _ in range(200):
-                    slopes = torch.where(torch.rand(6, generator=generator) < 0.5, c, 1 - c).double()
+                    slopes = torch.where(
+                        torch.rand(6, generator=generator) < 0.5, c, 1 - c
+                    ).double()
                     assert norm2(mlp.fc2.weight * slopes @ mlp.fc1.weight) <= path * SLACK
                 if seed == 5:
                     assert norm2(c * mlp.fc2.weight @ mlp.fc1.weight) == pytest.approx(path)
@@ -1130,8 +1341,14 @@ def test_the_product_of_the_two_maps_of_an_mlp():
 
 
 @settings(SETTINGS, max_examples=10)
-@given(radius=st.sampled_from([0.0, 1e-3, 0.1]), names=st.sampled_from([bounds.SLOPES, None, ("first", "A")]), **VITS)
-def test_measured_norms(radius, names, seed, scale, depth, width, eps, activation, norm, pool, loss):
+@given(
+    radius=st.sampled_from([0.0, 1e-3, 0.1]),
+    names=st.sampled_from([bounds.SLOPES, None, ("first", "A")]),
+    **VITS,
+)
+def test_measured_norms(
+    radius, names, seed, scale, depth, width, eps, activation, norm, pool, loss
+):
     """With measured norms every measured sample stays bounded (on the ball too), and no bound grows."""
     activation = "gelu" if activation == "relu" and radius else activation
     model = drawn(seed, scale, depth, width, eps, activation, norm, pool)
@@ -1156,14 +1373,19 @@ def test_measured_norms_are_those_of_the_samples(pool):
     found = bounds.measured_norms(model, x, names=None)
     for name, value in found.values.items():
         assert value == pytest.approx(float(terms[name].max()), rel=1e-9)
-    assert not {"r_hat", "S_hat"} & found.values.keys() and "blocks.1.norm1_query.first" in found.values
+    assert (
+        not {"r_hat", "S_hat"} & found.values.keys()
+        and "blocks.1.norm1_query.first" in found.values
+    )
     for rung in ("prior", "closed_form"):
         free = hessian_norm_bounds(model, x, y, rung=rung).terms["growth"]
         held = hessian_norm_bounds(model, x, y, rung=rung, measured=found).terms["growth"]
         assert (held < free).all()
         for i in range(5):
             h = reference_nodes(model, flat(model), x[i])["h0"]
-            J = jacfwd(lambda z, shape=h.shape: model.blocks[0](z.view(1, *shape)).flatten())(h.flatten())
+            J = jacfwd(lambda z, shape=h.shape: model.blocks[0](z.view(1, *shape)).flatten())(
+                h.flatten()
+            )
             assert norm2(J) <= float(held[i, 0]) * SLACK
     with pytest.raises(ValueError, match="measure them anew"):
         hessian_norm_bounds(model, x, y, rung="prior", radius=0.1, measured=found)
@@ -1210,7 +1432,9 @@ CONNECTED = dict(
 
 
 def small_mlp(seed, scale, depth, activation, bias):
-    model = build_model("mlp", d_in=6, width=4, depth=depth, n_classes=3, activation=activation, bias=bias).double()
+    model = build_model(
+        "mlp", d_in=6, width=4, depth=depth, n_classes=3, activation=activation, bias=bias
+    ).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -1248,19 +1472,25 @@ def test_connected_bound_above_exact(radius, seed, scale, depth, activation, bia
         steps.append(steepest(trace, w, radius, step, rounds=3))
     prior = hessian_norm_bounds(model, x, y, loss, "prior", radius)
     data = hessian_norm_bounds(model, x, y, loss, "activations", radius)
-    assert (data.values <= prior.values * SLACK).all() and prior.groups == [f"layers.{i}" for i in range(depth + 2)]
+    assert (data.values <= prior.values * SLACK).all() and prior.groups == [
+        f"layers.{i}" for i in range(depth + 2)
+    ]
     index = group_indices(model, prior.groups)
     for move in steps:
         for i in range(2):
             H = exact_hessian(model, x[i], y[i], loss, w + move)
-            part = hessian_norm_bounds(model, x, y, loss, "prior", radius, parameters=["layers.0.*"])
+            part = hessian_norm_bounds(
+                model, x, y, loss, "prior", radius, parameters=["layers.0.*"]
+            )
             assert norm2(H[index[0]][:, index[0]]) * (1 - 1e-9) - ROUNDING <= float(part.values[i])
             for bound in (prior, data):
                 assert norm2(H) * (1 - 1e-9) - ROUNDING <= float(bound.values[i]), bound.rung
                 for g, ig in enumerate(index):
                     for k in range(g, len(index)):
                         block = norm2(H[ig][:, index[k]])
-                        assert block * (1 - 1e-9) - 1e-12 * norm2(H) - ROUNDING <= float(bound.blocks[i, g, k])
+                        assert block * (1 - 1e-9) - 1e-12 * norm2(H) - ROUNDING <= float(
+                            bound.blocks[i, g, k]
+                        )
 
 
 @settings(SETTINGS, max_examples=8)
@@ -1269,20 +1499,29 @@ def test_every_jet_of_a_connected_network(radius, seed, scale, depth, activation
     """Jets of every node in both rungs, at the sample and at a point of the ball."""
     activation = "gelu" if activation == "relu" and radius else activation
     model, x, y = small_mlp(seed, scale, depth, activation, bias)
-    step = torch.randn(len(flat(model)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    step = torch.randn(
+        len(flat(model)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     w = flat(model) + radius * step / step.norm()
     index = group_indices(model, bounds._group_names(model))
     with torch.no_grad():
-        norms = [bounds._connected_norms(model, x, y, loss, rung, radius) for rung in ("prior", "activations")]
+        norms = [
+            bounds._connected_norms(model, x, y, loss, rung, radius)
+            for rung in ("prior", "activations")
+        ]
         jets = [bounds._connected_jets(model, k, x) for k in norms]
     for name in jets[0]:
         run = lambda w, name=name: connected_nodes(model, w, x[0])[name]  # noqa: E731
         J, T = jacfwd(run)(w), jacfwd(jacfwd(run))(w)
         for g, ig in enumerate(index):
-            assert all(norm2(J[:, ig]) <= float(jet[name].a[0, g]) * SLACK + 1e-12 for jet in jets), (name, g)
+            assert all(
+                norm2(J[:, ig]) <= float(jet[name].a[0, g]) * SLACK + 1e-12 for jet in jets
+            ), (name, g)
             for k in range(g, len(index)):
                 measured = bilinear_norm(T[:, ig][:, :, index[k]], rounds=2)
-                assert all(measured <= float(jet[name].B[0, g, k]) * SLACK + 1e-12 for jet in jets), (name, g, k)
+                assert all(
+                    measured <= float(jet[name].B[0, g, k]) * SLACK + 1e-12 for jet in jets
+                ), (name, g, k)
 
 
 def test_connected_network_without_biases_in_closed_form():
@@ -1293,7 +1532,9 @@ def test_connected_network_without_biases_in_closed_form():
     for i in range(2):
         reads = [float(x[i].norm()) * math.prod(W[:p]) for p in range(4)]
         a = torch.tensor([reads[p] * math.prod(W[p + 1 :]) for p in range(4)])
-        B = torch.tensor([[0.0 if p == q else math.prod(W) / W[p] / W[q] for q in range(4)] for p in range(4)])
+        B = torch.tensor(
+            [[0.0 if p == q else math.prod(W) / W[p] / W[q] for q in range(4)] for p in range(4)]
+        )
         B = B * float(x[i].norm())
         expected = math.sqrt(2) * B + torch.outer(a, a) / 2
         torch.testing.assert_close(bound.blocks[i], expected.double(), rtol=1e-6, atol=0)
@@ -1330,18 +1571,27 @@ def test_bound_above_exact(seed, scale, depth, width, eps, activation, norm, poo
         for g, ig in enumerate(index):
             for k in range(g, len(index)):
                 block = norm2(Hess[ig][:, index[k]])
-                assert float(bound.blocks[0, g, k]) >= block * (1 - 1e-9) - 1e-10 * exact - ROUNDING, (rung, g, k)
+                assert (
+                    float(bound.blocks[0, g, k]) >= block * (1 - 1e-9) - 1e-10 * exact - ROUNDING
+                ), (rung, g, k)
         last = [f"blocks.{depth - 1}.*", "head.weight"]
         part = hessian_norm_bounds(model, x, y, loss, rung, parameters=last)
-        kept = torch.cat([i for name, i in zip(bound.groups, index, strict=True) if name in part.groups])
+        kept = torch.cat(
+            [i for name, i in zip(bound.groups, index, strict=True) if name in part.groups]
+        )
         assert "head" in part.groups and "embed" not in part.groups
-        assert float(part.values[0]) >= norm2(Hess[kept][:, kept]) * (1 - 1e-9) - 1e-10 * exact - ROUNDING, rung
+        assert (
+            float(part.values[0])
+            >= norm2(Hess[kept][:, kept]) * (1 - 1e-9) - 1e-10 * exact - ROUNDING
+        ), rung
         assert float(part.values[0]) <= float(bound.values[0]) * SLACK
 
 
 @settings(SETTINGS, max_examples=8)
 @given(radius=st.sampled_from([0.01, 0.3, 2.0]), **VITS)
-def test_bound_above_exact_on_the_ball(radius, seed, scale, depth, width, eps, activation, norm, pool, loss):
+def test_bound_above_exact_on_the_ball(
+    radius, seed, scale, depth, width, eps, activation, norm, pool, loss
+):
     activation = "gelu" if activation == "relu" else activation
     model = drawn(seed, scale, depth, width, eps, activation, norm, pool)
     x, y = samples(seed, 1)
@@ -1352,14 +1602,19 @@ def test_bound_above_exact_on_the_ball(radius, seed, scale, depth, width, eps, a
 
     generator = torch.Generator().manual_seed(seed)
     steps = [torch.randn(len(w), generator=generator, dtype=torch.float64), grad(value)(w)]
-    exact = [norm2(exact_hessian(model, x[0], y[0], loss, w + radius * s / s.norm().clamp(min=1e-30))) for s in steps]
+    exact = [
+        norm2(exact_hessian(model, x[0], y[0], loss, w + radius * s / s.norm().clamp(min=1e-30)))
+        for s in steps
+    ]
     ceiling = loss_upper_bound(model, radius)
     for rung in rungs_for(norm, loss):
         bound = float(hessian_norm_bounds(model, x, y, loss, rung, radius=radius).values[0])
         assert bound >= max(exact) * (1 - 1e-9), rung
         assert bound >= float(hessian_norm_bounds(model, x, y, loss, rung).values[0])
     if loss == "cross_entropy":
-        assert max(float(value(w + radius * s / s.norm().clamp(min=1e-30))) for s in steps) <= ceiling
+        assert (
+            max(float(value(w + radius * s / s.norm().clamp(min=1e-30))) for s in steps) <= ceiling
+        )
 
 
 def test_variance_floor():
@@ -1394,7 +1649,9 @@ def test_head_only_is_exact():
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_head_norms_are_exact(case, loss):
     model, (x, y) = small_vit(5, **case), samples(5)
-    exact = curvature.per_sample_hessian_norms(model, x, y, loss, parameters=["head.*"], tolerance=1e-9).value
+    exact = curvature.per_sample_hessian_norms(
+        model, x, y, loss, parameters=["head.*"], tolerance=1e-9
+    ).value
     torch.testing.assert_close(bounds.head_norms(model, x, y, loss), exact, rtol=1e-8, atol=0)
 
 
@@ -1417,7 +1674,9 @@ def test_lora(others, size):
 
     def norm_of(function, point):
         blocks = torch.autograd.functional.hessian(function, point)
-        rows = [torch.cat([b.reshape(p.numel(), -1) for b in row], 1) for p, row in zip(point, blocks)]
+        rows = [
+            torch.cat([b.reshape(p.numel(), -1) for b in row], 1) for p, row in zip(point, blocks)
+        ]
         return torch.linalg.matrix_norm(torch.cat(rows), 2).item()
 
     def adapted(a1, b1, a2, b2, V=head):
@@ -1452,12 +1711,16 @@ def attention_hessian(L, tau):
 
     blocks = torch.autograd.functional.hessian(loss, weights)
     H = torch.stack([torch.stack([b.reshape(()) for b in row]) for row in blocks])
-    return torch.linalg.matrix_norm(H, 2).item(), bounds.closing_the_curvature_gap(X, *weights, tau * X)
+    return torch.linalg.matrix_norm(H, 2).item(), bounds.closing_the_curvature_gap(
+        X, *weights, tau * X
+    )
 
 
 def test_published_constant_for_attention_is_no_bound():
     exact, printed = attention_hessian(64, 1e6)
-    assert exact == pytest.approx(22488.97, rel=1e-6) and printed == pytest.approx(5963.29, rel=1e-6)
+    assert exact == pytest.approx(22488.97, rel=1e-6) and printed == pytest.approx(
+        5963.29, rel=1e-6
+    )
     assert exact > 3 * printed
     exact, printed = attention_hessian(17, 1e9)
     assert printed < exact < 1.01 * printed  # the first length that violates it
@@ -1488,19 +1751,29 @@ def test_batch_dtype_and_model_unchanged():
     x = x.float()
     for rung in bounds.JETS:
         together = hessian_norm_bounds(model, x, y, rung=rung)
-        alone = [hessian_norm_bounds(model, x[i : i + 1], y[i : i + 1], rung=rung).values for i in range(5)]
+        alone = [
+            hessian_norm_bounds(model, x[i : i + 1], y[i : i + 1], rung=rung).values
+            for i in range(5)
+        ]
         torch.testing.assert_close(together.values, torch.cat(alone), rtol=1e-9, atol=0)
         assert together.values.shape == (5,) and together.values.dtype == torch.float64
         m = len(together.groups)
-        assert together.blocks is None if rung == "closed_form" else together.blocks.shape == (5, m, m)
+        assert (
+            together.blocks is None if rung == "closed_form" else together.blocks.shape == (5, m, m)
+        )
         assert {"D", "E", "growth", "log10"} <= set(together.terms)
     # the majorant: the same matrix alone and together, certified for one sample and for five
     together = hessian_norm_bounds(model, x, y, rung="majorant", max_steps=400)
-    alone = [hessian_norm_bounds(model, x[i : i + 1], y[i : i + 1], rung="majorant", max_steps=400) for i in range(5)]
+    alone = [
+        hessian_norm_bounds(model, x[i : i + 1], y[i : i + 1], rung="majorant", max_steps=400)
+        for i in range(5)
+    ]
     lower = torch.cat([bound.terms["lower"] for bound in alone])
     torch.testing.assert_close(together.terms["lower"], lower, rtol=1e-9, atol=0)
     assert (together.values >= lower).all() and together.values.dtype == torch.float64
-    assert model.training and all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+    assert model.training and all(
+        p.grad is None and p.dtype == torch.float32 for p in model.parameters()
+    )
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -1545,7 +1818,11 @@ def test_refusals():
         (mlp, {"rung": "closed_form"}, "use rung 'prior'"),
         (mlp, {"rung": "prior", "variance_floor": 0.1}, "without variance_floor"),
         (mlp, {"radius": 0.1}, "ReLU network says nothing about a ball"),
-        (torch.nn.Linear(16, 3), {"rung": "prior"}, "certified measured norm, which applies to any module"),
+        (
+            torch.nn.Linear(16, 3),
+            {"rung": "prior"},
+            "certified measured norm, which applies to any module",
+        ),
         (post, {"rung": "closed_form"}, "use rung 'prior'"),
         (model, {"rung": "closed_form", "loss": "mse"}, "use rung 'prior'"),
         (model, {"rung": "closed_form", "parameters": ["head*"]}, "use rung 'prior'"),

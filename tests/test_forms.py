@@ -32,7 +32,9 @@ SUBSETS = [None, ["blocks.0.*"], ["*.query.*", "head.*"]]
 
 def mlp(seed, activation="gelu", bias=True, depth=2):
     torch.manual_seed(seed)
-    return build_model("mlp", d_in=16, width=5, depth=depth, n_classes=3, activation=activation, bias=bias).double()
+    return build_model(
+        "mlp", d_in=16, width=5, depth=depth, n_classes=3, activation=activation, bias=bias
+    ).double()
 
 
 def walk_of(model, x, y, loss="cross_entropy", parameters=None):
@@ -50,8 +52,12 @@ def dense(operator, m, P):
 
 NETWORKS = {
     "pre cls": lambda: small_vit(1, depth=2, n_heads=2, d_model=4, d_ff=5),
-    "post mean tanh": lambda: small_vit(2, depth=2, norm="post", pool="mean", activation="gelu_tanh"),
-    "pre mean relu": lambda: small_vit(3, depth=1, pool="mean", activation="relu", n_heads=1, d_model=3),
+    "post mean tanh": lambda: small_vit(
+        2, depth=2, norm="post", pool="mean", activation="gelu_tanh"
+    ),
+    "pre mean relu": lambda: small_vit(
+        3, depth=1, pool="mean", activation="relu", n_heads=1, d_model=3
+    ),
     "mlp": lambda: mlp(4),
     "mlp without bias": lambda: mlp(5, "relu", bias=False),
 }
@@ -69,7 +75,9 @@ def test_spectral_norm_of_large_matrices(monkeypatch):
     assert all(f >= e * (1 - 1e-13) for f, e in zip(found, exact))
     listed, eigsh = [], forms.eigsh
     monkeypatch.setattr(forms, "eigsh", lambda G, *a, **k: 0.9999 * eigsh(G, *a, **k))
-    assert [forms.spectral(m).item() for m in cases[:6]] == pytest.approx(exact[:6], rel=1e-12)  # refused: all of them
+    assert [forms.spectral(m).item() for m in cases[:6]] == pytest.approx(
+        exact[:6], rel=1e-12
+    )  # refused: all of them
     eigenvalues = torch.linalg.eigvalsh
     monkeypatch.setattr(forms, "eigsh", eigsh)
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda G: listed.append(len(G)) or eigenvalues(G))
@@ -95,15 +103,21 @@ def test_roots_of_every_node(name):
         form = step.node.second_order(walk.saved[i], lam)
         if isinstance(step.node, (forms.Linear, forms.Affine)):
             E = forms.units(walk.values[step.inputs[0]])
-            gradients = form((E, None, None)[: len(step.inputs)], None)[1].flatten(1)  # (D, numbers in W)
-            torch.testing.assert_close(gradients @ gradients.mT, _gram(found[0]), rtol=1e-10, atol=1e-12)
+            gradients = form((E, None, None)[: len(step.inputs)], None)[1].flatten(
+                1
+            )  # (D, numbers in W)
+            torch.testing.assert_close(
+                gradients @ gradients.mT, _gram(found[0]), rtol=1e-10, atol=1e-12
+            )
         elif len(step.inputs) == 1:
             E = forms.units(walk.values[step.inputs[0]])
             M = form((E,), step.node.tangent(walk.saved[i], (E,)))[0]
             if M is None:  # relu
                 assert not found[0].any()
                 continue
-            torch.testing.assert_close(_absolute(M.flatten(1)), _gram(found[0]), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                _absolute(M.flatten(1)), _gram(found[0]), rtol=1e-9, atol=1e-12
+            )
         else:
             E = forms.units(walk.values[step.inputs[0]])
             C = form((E, None), None)[1].flatten(1)  # (numbers in x, numbers in y)
@@ -150,7 +164,9 @@ def test_every_norm_in_the_chain(name):
     assert len(exact) > 5
     for value, J in exact.items():
         shown = J
-        if value.endswith(".T"):  # softmax ignores what moves a whole row: keys are centred in the jets
+        if value.endswith(
+            ".T"
+        ):  # softmax ignores what moves a whole row: keys are centred in the jets
             T = J.reshape(*walk.values[value].shape[1:], -1)
             shown = (T - T.mean(-2, keepdim=True)).reshape(J.shape)
         norms = torch.tensor([norm2(shown[:, c]) for c in columns], dtype=F64)
@@ -173,7 +189,9 @@ def test_every_norm_in_the_chain(name):
     F = dense(SampleHessians(losses, torch.tensor([0]), "functional"), 1, losses.P)[0]
     expected = torch.tensor([[norm2(F[a][:, b]) for b in columns] for a in columns], dtype=F64)
     for whole in (True, False):
-        assert (forms.measured_tangents(walk, whole) >= expected * (1 - 1e-9) - 1e-10 * norm2(F)).all()
+        assert (
+            forms.measured_tangents(walk, whole) >= expected * (1 - 1e-9) - 1e-10 * norm2(F)
+        ).all()
 
 
 # --- the rungs ------------------------------------------------------------------------------------------------
@@ -194,11 +212,20 @@ def test_small_matrices_above_exact(seed, scale, depth, width, eps, activation, 
         for g, ig in enumerate(index):
             for k in range(g, len(index)):
                 block = norm2(Hess[ig][:, index[k]])
-                assert float(bound.blocks[0, g, k]) >= block * (1 - 1e-9) - 1e-10 * exact - ROUNDING, (rung, g, k)
-        part = hessian_norm_bounds(model, x, y, loss, rung, parameters=[f"blocks.{depth - 1}.*", "head.weight"])
-        kept = torch.cat([i for name, i in zip(bound.groups, index, strict=True) if name in part.groups])
+                assert (
+                    float(bound.blocks[0, g, k]) >= block * (1 - 1e-9) - 1e-10 * exact - ROUNDING
+                ), (rung, g, k)
+        part = hessian_norm_bounds(
+            model, x, y, loss, rung, parameters=[f"blocks.{depth - 1}.*", "head.weight"]
+        )
+        kept = torch.cat(
+            [i for name, i in zip(bound.groups, index, strict=True) if name in part.groups]
+        )
         assert "head" in part.groups and "embed" not in part.groups
-        assert float(part.values[0]) >= norm2(Hess[kept][:, kept]) * (1 - 1e-9) - 1e-10 * exact - ROUNDING, rung
+        assert (
+            float(part.values[0])
+            >= norm2(Hess[kept][:, kept]) * (1 - 1e-9) - 1e-10 * exact - ROUNDING
+        ), rung
     larger = found["blocks"].blocks * (1 + 1e-9) + 1e-10 * exact + ROUNDING
     assert (found["tangents"].blocks <= larger).all()
 
@@ -219,20 +246,30 @@ BY_PRODUCTS = dict(
 @SETTINGS
 @given(**BY_PRODUCTS)
 def test_majorant_above_exact(seed, scale, depth, eps, activation, norm, pool, loss, subset):
-    model = small_vit(seed, scale, depth=depth, eps=eps, activation=activation, norm=norm, pool=pool)
+    model = small_vit(
+        seed, scale, depth=depth, eps=eps, activation=activation, norm=norm, pool=pool
+    )
     x, y = samples(seed, n=2)
-    exact = curvature.per_sample_hessian_norms(model, x, y, loss, parameters=subset, certify=True, max_steps=400)
+    exact = curvature.per_sample_hessian_norms(
+        model, x, y, loss, parameters=subset, certify=True, max_steps=400
+    )
     found = forms.majorant(model, x, y, loss, parameters=subset, confidence=0.999999, max_steps=400)
     assert (found["M"] >= exact.value * (1 - 1e-9)).all()
-    assert (found["lower"] >= exact.value * (1 - 1e-6) - 1e-12).all()  # all steps: lambda_max(Q) itself, at least ||H||
+    assert (
+        found["lower"] >= exact.value * (1 - 1e-6) - 1e-12
+    ).all()  # all steps: lambda_max(Q) itself, at least ||H||
     assert (found["lower"] <= found["M"]).all()
 
 
 @settings(SETTINGS, max_examples=40)
 @given(products=st.sampled_from([1, 3, 10, 1000]), **BY_PRODUCTS)
-def test_deflated_above_exact(products, seed, scale, depth, eps, activation, norm, pool, loss, subset):
+def test_deflated_above_exact(
+    products, seed, scale, depth, eps, activation, norm, pool, loss, subset
+):
     """lower <= ||H|| <= M, for any number of products."""
-    model = small_vit(seed, scale, depth=depth, eps=eps, activation=activation, norm=norm, pool=pool)
+    model = small_vit(
+        seed, scale, depth=depth, eps=eps, activation=activation, norm=norm, pool=pool
+    )
     x, y = samples(seed, n=2)
     losses = Losses(model, x, y, loss, parameters=subset)
     exact = torch.linalg.matrix_norm(dense(SampleHessians(losses, torch.arange(2)), 2, losses.P), 2)
@@ -254,12 +291,20 @@ def test_ridge_and_its_trace(name):
         operator.balance(torch.randn(3, losses.P, generator=generator, dtype=F64))
         Q, H = dense(operator, 3, losses.P), dense(SampleHessians(losses, rows), 3, losses.P)
         torch.testing.assert_close(Q, Q.mT, rtol=1e-9, atol=1e-11)
-        mu, norms = operator.mu[:, None, None] * torch.eye(losses.P, dtype=F64), torch.linalg.matrix_norm(Q, 2)
+        mu, norms = (
+            operator.mu[:, None, None] * torch.eye(losses.P, dtype=F64),
+            torch.linalg.matrix_norm(Q, 2),
+        )
         for difference in (Q + mu - H, Q + mu + H):
-            assert (torch.linalg.eigvalsh((difference + difference.mT) / 2)[:, 0] >= -1e-12 * norms).all()
+            assert (
+                torch.linalg.eigvalsh((difference + difference.mT) / 2)[:, 0] >= -1e-12 * norms
+            ).all()
         for j in range(3):
             walk = forms.Walk(losses, j, [])
-            walk.tape.mu, walk.tape.sigma = operator.mu[j : j + 1], {i: s[j : j + 1] for i, s in operator.sigma.items()}
+            walk.tape.mu, walk.tape.sigma = (
+                operator.mu[j : j + 1],
+                {i: s[j : j + 1] for i, s in operator.sigma.items()},
+            )
             assert forms.ridge_trace(walk).item() == pytest.approx(Q[j].trace().item(), rel=1e-10)
 
 
@@ -268,7 +313,9 @@ def test_deflated_reaches_the_norm():
     model, (x, y) = small_vit(11, 0.7, depth=1), samples(11, 4)
     losses = Losses(model, x, y)
     exact = torch.linalg.matrix_norm(dense(SampleHessians(losses, torch.arange(4)), 4, losses.P), 2)
-    ratios = [(forms.deflated(model, x, y, products=q)["M"] / exact).median().item() for q in (1, 8, 64)]
+    ratios = [
+        (forms.deflated(model, x, y, products=q)["M"] / exact).median().item() for q in (1, 8, 64)
+    ]
     assert ratios[0] > ratios[1] > ratios[2] >= 1 - 1e-9 and ratios[2] < 1.3
 
 
@@ -278,7 +325,9 @@ def test_krylov_spaces_are_orthonormal(decades):
     torch.manual_seed(0)
     values = torch.logspace(0, -decades, 40, dtype=F64)
     U = torch.linalg.qr(torch.randn(2, 60, 60, dtype=F64)).Q[:, :, :40]
-    V, inside = forms._krylov(lambda u: (U @ (values[:, None] * (U.mT @ u[..., None])))[..., 0], U.sum(2), 60)
+    V, inside = forms._krylov(
+        lambda u: (U @ (values[:, None] * (U.mT @ u[..., None])))[..., 0], U.sum(2), 60
+    )
     gram, used = V @ V.mT, V.norm(dim=2) > 0
     assert (gram - torch.diag_embed(used.double())).abs().max() < 1e-13
     assert (inside - values.sum()).abs().max() < 1e-8 and used.sum(1).max() < 60
@@ -297,7 +346,9 @@ def test_networks_of_linear_layers(activation, bias):
             values = torch.stack([forms.small_matrix(losses, i, groups, rung)[0] for i in range(3)])
         assert (values >= exact * (1 - 1e-9)).all(), rung
     assert (forms.deflated(model, x, y)["M"] >= exact * (1 - 1e-9)).all()
-    assert (forms.majorant(model, x, y, confidence=0.999999, max_steps=300)["M"] >= exact * (1 - 1e-9)).all()
+    assert (
+        forms.majorant(model, x, y, confidence=0.999999, max_steps=300)["M"] >= exact * (1 - 1e-9)
+    ).all()
 
 
 def test_refusals_and_the_public_face():
@@ -308,7 +359,9 @@ def test_refusals_and_the_public_face():
         ("deflated", forms.deflated, {"products": 5}),
     ):
         bound = hessian_norm_bounds(model, x, y, rung=rung, **option)
-        assert torch.equal(bound.values, function(model, x, y, **option)["M"]) and bound.blocks is None
+        assert (
+            torch.equal(bound.values, function(model, x, y, **option)["M"]) and bound.blocks is None
+        )
         refused(lambda rung=rung: hessian_norm_bounds(model, x, y, rung=rung, radius=0.1), "ball")
     assert hessian_norm_bounds(model, x, y, rung="majorant", max_steps=2).values.isinf().all()
     refused(lambda: hessian_norm_bounds(model, x, y, rung="prior", confidence=0.9), "confidence")
@@ -330,7 +383,11 @@ def test_adjoints_whose_squares_underflow(size):
     for rung in (*forms.SMALL_MATRIX, "deflated"):
         values = hessian_norm_bounds(model, x, y, rung=rung).values
         norms = curvature.per_sample_hessian_norms(model, x, y).value
-        assert values.isfinite().all() and (values >= norms * (1 - 1e-9)).all() and math.isfinite(values.sum()), rung
+        assert (
+            values.isfinite().all()
+            and (values >= norms * (1 - 1e-9)).all()
+            and math.isfinite(values.sum())
+        ), rung
 
 
 @pytest.mark.parametrize("gap", [3.0, 17.0, 34.0])

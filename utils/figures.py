@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from utils.runs import atomic
+from utils.run.files import atomic
 
 # Name of a role -> how it is drawn, in every figure of the repository. One colour has one meaning;
 # a figure asks for its roles by name, never by their order.

@@ -3,8 +3,8 @@
 from utils.hessian.pyhessian import (  # noqa: F401
     STREAM,
     Eigenvalue,
-    prepared,
     density,
     eigenvalue,
+    prepared,
     trace,
 )

@@ -9,7 +9,7 @@ from torch import nn
 from tests.exact import assert_exact, flat, named, near, randomised, tape_of
 from utils.calculus import Untraceable, read_chain
 from utils.calculus.checks import asymmetry, check_outputs, symmetric
-from utils.models import build_model
+from utils.networks import build_model
 
 F64 = torch.float64
 n = 3

@@ -39,7 +39,9 @@ class Fused(nn.Module):
 
 
 class Encoder(nn.Module):
-    """nn.TransformerEncoderLayer, whose eval mode takes a fast path without derivatives; an object is returned."""
+    """nn.TransformerEncoderLayer, whose eval mode takes a fast path without derivatives; an object
+    is returned.
+    """
 
     def __init__(self, norm_first):
         super().__init__()
@@ -62,7 +64,9 @@ def vit(**sizes):
 
 
 def randomised(model, seed, scale=0.8):
-    """Every parameter random: biases and LayerNorm included, so that no term of a derivative is zero."""
+    """Every parameter random: biases and LayerNorm included, so that no term of a derivative is
+    zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.double().named_parameters():
@@ -110,7 +114,9 @@ def reference_losses(model, x, y, loss):
 
 
 def reference(model, x, y, loss, names=None):
-    """Value, gradient (P,) and Hessian (P, P) of the mean loss by double backward; only the parameters in `names`."""
+    """Value, gradient (P,) and Hessian (P, P) of the mean loss by double backward; only the
+    parameters in `names`.
+    """
     chosen = [p for n, p in model.named_parameters() if names is None or n in names]
     with sdpa_kernel(SDPBackend.MATH):
         torch.backends.mha.set_fastpath_enabled(False)
@@ -141,7 +147,9 @@ def close(a, b, tolerance=TIGHT):
 
 
 class TwoLinear(nn.Module):
-    """W_2 W_1 x with small weights: the Hessian is nearly [[0, C], [C^T, 0]], whose spectrum is symmetric about 0."""
+    """W_2 W_1 x with small weights: the Hessian is nearly [[0, C], [C^T, 0]], whose spectrum is
+    symmetric about 0.
+    """
 
     def __init__(self):
         super().__init__()
@@ -152,7 +160,9 @@ class TwoLinear(nn.Module):
 
 
 class Hidden(nn.Module):
-    """A logit with a gradient along two weights and curvature along others: the gradient never sees the norm."""
+    """A logit with a gradient along two weights and curvature along others: the gradient never sees
+    the norm.
+    """
 
     def __init__(self):
         super().__init__()
@@ -168,7 +178,9 @@ class Hidden(nn.Module):
 
 
 class Late(nn.Module):
-    """Ends of the spectrum near -1 and 0.98, and a gradient with a share of 1e-4 in the larger one: it comes late."""
+    """Ends of the spectrum near -1 and 0.98, and a gradient with a share of 1e-4 in the larger one:
+    it comes late.
+    """
 
     def __init__(self):
         super().__init__()

@@ -124,7 +124,9 @@ def test_layer_norm_trap():
 
 
 def test_functions_by_name_and_options():
-    """The named functions are the class's methods; float32 and integer inputs are taken as they come."""
+    """The named functions are the class's methods; float32 and integer inputs are taken as they
+    come.
+    """
     model, x, y, loss = case("vit-post-cls-tanh")
     V = torch.ones(len(x), Losses(model, x, y).P, dtype=F64)
     H = sample_hessians(model, x[:2], y[:2], loss)

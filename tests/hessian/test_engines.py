@@ -1,4 +1,6 @@
-"""Which engine a module is measured by: the calculus, forward over reverse, double backward, a loop."""
+"""Which engine a module is measured by: the calculus, forward over reverse, double backward, a
+loop.
+"""
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def masked(h):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.cell, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+        self.cell, self.head = nn.GRU(4, 2, batch_first=True), nn.Linear(2, 3)
 
     def forward(self, x):
         return self.head(self.cell(x[:, 0])[0][:, -1])
@@ -69,7 +71,11 @@ class Padded(nn.Module):
 
 
 NETWORKS = {
-    "mlp": (lambda: build_model("mlp", d_in=16, width=4, depth=1, n_classes=3), "chain", "jvp(grad)"),
+    "mlp": (
+        lambda: build_model("mlp", d_in=16, width=4, depth=1, n_classes=3),
+        "chain",
+        "jvp(grad)",
+    ),
     "tanh": (lambda: Net(torch.tanh), "chain", "jvp(grad)"),
     "no-forward-mode": (lambda: Net(Reverse.apply), "chain", "double backward"),
     "padded": (Padded, "chain", "double backward"),

@@ -31,7 +31,9 @@ def test_lanczos_epsilon(P, table):
 
 
 def test_a_chosen_start_certifies_nothing():
-    """A start orthogonal to the top eigenvector converges, and the formula's upper end lies below the norm."""
+    """A start orthogonal to the top eigenvector converges, and the formula's upper end lies below
+    the norm.
+    """
     values = torch.cat([torch.linspace(-0.4, 0.5, 99, dtype=F64), torch.tensor([1.0], dtype=F64)])
     blind, fair = (
         torch.ones(1, 100, dtype=F64),
@@ -47,7 +49,8 @@ def test_a_chosen_start_certifies_nothing():
         found["blind"][0] < 0.51 and found["blind"][1] < 0.6
     )  # the norm is 1: nothing was certified
     assert found["fair"][0] <= 1 + 1e-12 and 1 <= found["fair"][1] < 1.1
-    # the same on a network: the gradient is blind, and only the random start of `certify` is allowed an upper end
+    # the same on a network: the gradient is blind, and only the random start of `certify` is
+    # allowed an upper end
     model, (x, y) = Hidden().double(), samples(n=3)
     exact = norms_of(sample_hessians(model, x, y))
     losses = Losses(model, x, y)
@@ -66,7 +69,9 @@ def test_a_chosen_start_certifies_nothing():
 
 @pytest.mark.parametrize("failure", [0.3, 0.05])
 def test_certificate_holds_as_often_as_it_says(failure):
-    """A hard spectrum (one eigenvalue just above a bulk of Chebyshev nodes), 2000 starts, few steps."""
+    """A hard spectrum (one eigenvalue just above a bulk of Chebyshev nodes), 2000 starts, few
+    steps.
+    """
     P, steps = 40, 8
     eps = lanczos_epsilon(steps, P, failure)
     assert eps < 0.5

@@ -112,7 +112,9 @@ def test_chunks_follow_the_memory_budget():
 
 
 def test_only_on_a_cpu_has_a_chunk_a_size_of_its_own(monkeypatch):
-    """Elsewhere all samples go together, as far as the budget goes; a tensor without storage stands for a GPU's."""
+    """Elsewhere all samples go together, as far as the budget goes; a tensor without storage stands
+    for a GPU's.
+    """
     model, x, y, loss = case("vit-pre-cls-gelu-depth2")
     x, y = torch.cat([x] * 100), torch.cat([y] * 100)
     roomy, tight = (Losses(model, x, y, loss, memory=memory) for memory in (2**40, 2**22))

@@ -92,7 +92,9 @@ def test_per_sample_norms_are_those_of_dense_hessians(name, loss):
 
 
 def test_spectra_of_the_norm_cases():
-    """The cases above are what they are named for: indefinite, +/- degenerate, unseen by the gradient."""
+    """The cases above are what they are named for: indefinite, +/- degenerate, unseen by the
+    gradient.
+    """
     x, y = samples(11, n=8)
     ends = torch.linalg.eigvalsh(sample_hessians(NORM_CASES["near-degenerate-1e-4"](), x, y))[
         :, [0, -1]
@@ -178,7 +180,9 @@ def test_estimators_of_the_norm_agree(name):
 
 
 def test_pyhessian_is_taken_through_its_adapter():
-    """Value, residual and convergence are ours, by the dense matrix; a subset of the parameters works, too."""
+    """Value, residual and convergence are ours, by the dense matrix; a subset of the parameters
+    works, too.
+    """
     model, x, y, loss = case("vit-pre-cls-gelu-depth2")
     for names in (None, ["head.weight", "head.bias"]):
         H = reference(model, x, y, loss, names)[2]
@@ -230,8 +234,11 @@ def test_difference_norms_are_those_of_dense_differences(ordered):
         refused(lambda s=sizes: hessian_difference_norms(model, x, y, s, loss=loss), "sizes")
 
 
+@pytest.mark.slow
 def test_half_trained_network():
-    """Indefinite Hessians after a few steps of training: every value within 1e-3 of the dense one, both precisions."""
+    """Indefinite Hessians after a few steps of training: every value within 1e-3 of the dense one,
+    both precisions.
+    """
     model, (x, y) = vit(depth=2, d_model=8, d_ff=8), samples(7, n=20)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(40):

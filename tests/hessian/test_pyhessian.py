@@ -108,7 +108,9 @@ class Encoder(nn.Module):
 
 
 class Sum(nn.Module):
-    """The weights of a linear classifier as a sum: the products H v of its terms are one and the same tensor."""
+    """The weights of a linear classifier as a sum: the products H v of its terms are one and the
+    same tensor.
+    """
 
     def __init__(self):
         super().__init__()
@@ -131,7 +133,9 @@ class Flat(nn.Module):
 
 
 class Watched(nn.Module):
-    """A network whose graphs can be watched: `graphs` holds a weak reference to a hook that each graph keeps alive."""
+    """A network whose graphs can be watched: `graphs` holds a weak reference to a hook that each
+    graph keeps alive.
+    """
 
     graphs: list = []  # noqa: RUF012
 
@@ -214,7 +218,9 @@ def rademacher(losses, probes, seed=0):
 
 
 def check(model, x, y, loss="cross_entropy", parameters=None, seed=0):
-    """All three functions against the dense Hessian, for a spectrum on which power iteration converges."""
+    """All three functions against the dense Hessian, for a spectrum on which power iteration
+    converges.
+    """
     losses = Losses(model, x, y, loss, parameters=parameters)
     H = dense_hessian(model, x, y, loss, parameters=parameters)
     norm = norm_of(H)
@@ -236,7 +242,8 @@ def check(model, x, y, loss="cross_entropy", parameters=None, seed=0):
     U = V[:2] / math.sqrt(losses.P)
     for power in range(1, 2 * nodes.shape[1]):
         exact = ((U @ torch.linalg.matrix_power(H, power)) * U).sum(1)
-        # the first vector has length 1 - d, d = 1e-6 / sqrt(P): alpha_1 is 2 d short and beta_1 d, T at most 3 d |T|
+        # the first vector has length 1 - d, d = 1e-6 / sqrt(P): alpha_1 is 2 d short and
+        # beta_1 d, T at most 3 d |T|
         slack = 3 * power * 1e-6 / math.sqrt(losses.P) * norm**power
         np.testing.assert_allclose((weights * nodes**power).sum(1), exact, rtol=0, atol=slack)
 
@@ -249,11 +256,15 @@ def test_against_dense_hessians(make, loss):
     check(model, x, y, loss, seed=5)
 
 
-# --- the traps ------------------------------------------------------------------------------------------
+# --- the traps
+# ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trap_1_eigenvalues_stop_early_and_say_nothing():
-    """On single samples the default rule leaves errors beyond its tolerance; the adapter's residual tells them."""
+    """On single samples the default rule leaves errors beyond its tolerance; the adapter's residual
+    tells them.
+    """
     model, (x, y) = vit(depth=2), samples(4, n=8)
     internals, product = importlib.import_module("pyhessian.hessian"), "hessian_vector_product"
     for i in (4, 7):
@@ -268,7 +279,8 @@ def test_trap_1_eigenvalues_stop_early_and_say_nothing():
         assert abs(reported) < norm * (1 - 1e-3)
         # the value returned is not that of the vector returned, which went on for two products
         assert abs(reported) < theta.abs() * (1 - 1e-6)
-        # the adapter at the same settings: the same run, with the Rayleigh quotient and residual of its vector
+        # the adapter at the same settings: the same run, with the Rayleigh quotient and
+        # residual of its vector
         same = adapter.eigenvalue(losses, **DEFAULTS)
         assert same.reported == pytest.approx(reported, rel=1e-9)
         assert same.value == pytest.approx(theta.abs().item(), rel=1e-10)
@@ -285,7 +297,9 @@ def test_trap_1_eigenvalues_stop_early_and_say_nothing():
 
 
 def test_trap_1_opposite_ends():
-    """Ends near lambda and -lambda stop the rule at a mixture, far below the norm: the residual says so."""
+    """Ends near lambda and -lambda stop the rule at a mixture, far below the norm: the residual
+    says so.
+    """
     model = randomised(
         nn.Sequential(nn.Flatten(), nn.Linear(16, 6, bias=False), nn.Linear(6, 3, bias=False)),
         7,
@@ -368,6 +382,7 @@ def test_trap_3_torch_eig_is_gone():
         assert not hasattr(torch, "eig")
 
 
+@pytest.mark.slow
 def test_trap_4_a_negative_trace_stops_at_two_probes():
     model, (x, y) = vit(4), samples()
     losses, exact = Losses(model, x, y), dense_hessian(model, x, y).trace().item()
@@ -380,6 +395,7 @@ def test_trap_4_a_negative_trace_stops_at_two_probes():
     assert abs(np.mean(values) - exact) > 3 * error
 
 
+@pytest.mark.slow
 def test_trap_5_gradients_left_behind_are_added():
     """The object of a second batch has the sum of both batches' Hessians."""
     model, (x, y) = vit(pool="mean"), samples(n=6)
@@ -404,8 +420,11 @@ def test_trap_5_gradients_left_behind_are_added():
     losses.model.zero_grad()
 
 
+@pytest.mark.slow
 def test_trap_6_the_graph_is_kept():
-    """Built and dropped, PyHessian leaves its graph in a cycle with .grad; not even the model's end frees it."""
+    """Built and dropped, PyHessian leaves its graph in a cycle with .grad; not even the model's end
+    frees it.
+    """
     model, (x, y) = Watched(vit()), samples()
     Watched.graphs.clear()
     with alone():
@@ -467,6 +486,7 @@ def test_trap_9_products_that_share_memory():
     check(model, x, y)
 
 
+@pytest.mark.slow
 def test_trap_10_default_dtype_and_global_generator():
     model, (x, y) = vit(), samples()
     with alone(dtype=torch.float32, eig=plain_eig):
@@ -506,9 +526,11 @@ def test_trap_11_lanczos_goes_on_in_an_exhausted_space():
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-12)
 
 
-# --- what stands still --------------------------------------------------------------------------------------
+# --- what stands still
+# --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_subset_of_the_parameters():
     model, (x, y) = vit(depth=2), samples()
     for patterns in (["head.*"], ["*.query.*", "pos"], ["blocks.1.mlp.fc2.bias"]):
@@ -569,6 +591,7 @@ def test_everything_is_put_back(fails, monkeypatch):
                 assert seen() == before
 
 
+@pytest.mark.slow
 def test_single_precision():
     """A model in float32 is worked on in float32."""
     model, (x, y) = vit(), samples()

@@ -15,7 +15,9 @@ from utils.hessian.blocks import parameter_groups
 
 
 def test_trace():
-    """Within four standard errors, unbiased over seeds, and the standard error is the spread over seeds."""
+    """Within four standard errors, unbiased over seeds, and the standard error is the spread over
+    seeds.
+    """
     model, x, y, loss = case("mlp")
     exact = reference(model, x, y, loss)[2].trace().item()
     value, error = hessian_trace(model, x, y, loss, probes=64)
@@ -34,8 +36,11 @@ def test_trace():
     assert error <= 1e-10 * abs(value)
 
 
+@pytest.mark.slow
 def test_hutch_plus_plus_beats_hutchinson_where_few_eigenvalues_rule():
-    """Unbiased over seeds, its standard error is its spread, and it is smaller at the same number of products."""
+    """Unbiased over seeds, its standard error is its spread, and it is smaller at the same number
+    of products.
+    """
     model, x, y, loss = case("vit-pre-cls-gelu-depth2")
     exact = reference(model, x, y, loss)[2].trace().item()
     spread = {}
@@ -59,8 +64,11 @@ def test_hutch_plus_plus_beats_hutchinson_where_few_eigenvalues_rule():
     refused(lambda: hessian_trace(model, x, y, loss, estimator="xtrace"), "hutchinson")
 
 
+@pytest.mark.slow
 def test_spectral_density_counts_the_eigenvalues():
-    """All P steps from each start: the weights are those of the dense spectrum; fewer keep the moments."""
+    """All P steps from each start: the weights are those of the dense spectrum; fewer keep the
+    moments.
+    """
     model, x, y, loss = case("mlp")
     H = reference(model, x, y, loss)[2]
     values, P = torch.linalg.eigvalsh(H).numpy(), len(H)

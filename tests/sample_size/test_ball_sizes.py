@@ -8,7 +8,7 @@ import torch
 from pilots import linear_pilot, tiny_vit
 
 from utils.bounds import hessian_norm_bounds
-from utils.curvature import Losses, per_sample_gradients
+from utils.hessian import Losses, per_sample_gradients
 from utils.sample_size import k_surface, pilot, required_samples
 from utils.sample_size.ball import ball_forecast, curvature_moments, gradient_moments, k_ball
 from utils.sample_size.probes import neighbourhood, probe_losses

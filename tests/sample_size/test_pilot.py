@@ -7,7 +7,7 @@ import torch
 from pilots import linear_pilot, tiny_vit
 from refusal import refused
 
-from utils.curvature import Losses
+from utils.hessian import Losses
 from utils.sample_size import CRITERIA, k_surface, pilot, required_samples
 from utils.sample_size.limits import bounded_upper, budget, inflation, least_pilot, spread_limits
 from utils.sample_size.probes import neighbourhood, probe_losses

@@ -7,8 +7,8 @@ import torch
 from pilots import tiny_vit
 from torch import nn
 
-from utils.curvature import Losses
-from utils.models import build_model
+from utils.hessian import Losses
+from utils.networks import build_model
 from utils.sample_size import label_ceiling
 from utils.sample_size.probes import neighbourhood, probe_losses
 

@@ -8,11 +8,11 @@ import pytest
 from pilots import linear_pilot, tiny_vit
 from scipy.stats import beta
 
-from utils.convergence import random_orders
 from utils.sample_size import baselines, exceedance, k_surface, pilot, true_size
 from utils.sample_size.coverage import checks, forecasts
 from utils.sample_size.step import k_step
 from utils.sample_size.surface import gaussian_factor
+from utils.surface import random_orders
 
 
 def test_exceedance_by_hand():

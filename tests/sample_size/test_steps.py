@@ -14,7 +14,7 @@ from pilots import linear_pilot, tiny_vit
 from refusal import refused
 
 from utils.bounds import hessian_norm_bounds, loss_upper_bound
-from utils.curvature import Losses, per_sample_gradients
+from utils.hessian import Losses, per_sample_gradients
 from utils.sample_size import pilot, required_samples
 from utils.sample_size.probes import neighbourhood, probe_losses
 from utils.sample_size.step import gradient_distance, k_step, next_step, worst_range

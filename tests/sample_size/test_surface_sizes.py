@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.convergence import random_orders
 from utils.sample_size import exceedance, k_surface, surface_forecast, true_size
 from utils.sample_size.limits import pair_moments
 from utils.sample_size.surface import fourth_moment, gaussian_factor, k_fixed_probes
+from utils.surface import random_orders
 
 
 def test_k_surface_formula():

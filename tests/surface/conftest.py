@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.curvature import Losses
-from utils.models import build_model
+from utils.hessian import Losses
+from utils.networks import build_model
 
 
 @pytest.fixture(scope="session")

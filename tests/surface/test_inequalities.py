@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from utils.curvature import per_sample_hessian_norms
+from utils.hessian import per_sample_hessian_norms
 from utils.surface.ball import difference_on_ball
 from utils.surface.inequalities import (
     FORMS,

@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from utils import training
-from utils.curvature import Losses, dense_hessian
-from utils.models import build_model
+from utils.hessian import Losses
+from utils.hessian.derivatives import dense_hessian
+from utils.networks import build_model
+from utils.networks.training import stopping_rule, train
 from utils.surface.ball import difference_on_ball
 from utils.surface.retraining import excess_in_ball, projected_descent, retrain, retrain_from_seeds
 
@@ -30,9 +31,9 @@ def test_retraining_is_training_to_the_stationarity_of_the_limit():
     x, y = torch.randn(30, 1, 4, 4), torch.randint(0, 3, (30,))
     options = {"l2": 0.1, "epochs": 3, "batch_size": 8, "polish_steps": 60, "seed": 2}
     limit, whole = fresh(), fresh()
-    training.train(limit, x, y, **options)
-    rule = training.stopping_rule(Losses(limit, x, y), Losses(limit, x, y).w)
-    done = training.train(whole, x, y, threshold=rule, **options)
+    train(limit, x, y, **options)
+    rule = stopping_rule(Losses(limit, x, y), Losses(limit, x, y).w)
+    done = train(whole, x, y, threshold=rule, **options)
     assert done.converged and done.threshold == rule and done.gradient_norm <= rule
     table = retrain(fresh, x, y, [10, 30], limit, x[:5], y[:5], **options)
     part, all_of_it = table.iloc[0], table.iloc[1]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from utils.curvature import dense_hessian
+from utils.hessian.derivatives import dense_hessian
 from utils.surface.neighbourhood import (
     Spreads,
     closed_forms,

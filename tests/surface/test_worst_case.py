@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.curvature import Losses, dense_hessian, per_sample_hessian_norms
+from utils.hessian import Losses, per_sample_hessian_norms
+from utils.hessian.derivatives import dense_hessian
 from utils.surface.ball import difference_on_ball, distances_on_ball, worst_in_ball
 from utils.surface.identities import running_means
 from utils.surface.neighbourhood import spreads, top_eigenspace

@@ -9,9 +9,22 @@ import pandas as pd
 import pytest
 import torch
 
-from utils import bounds, convergence, curvature, models, sample_size
+from utils import bounds, sample_size
+from utils.hessian import (
+    Losses,
+    hessian_block_norms,
+    hessian_difference_norms,
+    hessian_norm,
+    hessian_trace,
+    per_sample_hessian_norms,
+    per_sample_losses,
+    spectral_density,
+)
+from utils.networks import build_model
 from utils.run.parameters import ModelTraining
 from utils.run.start import begin
+from utils.surface import difference_on_ball, spreads
+from utils.surface.neighbourhood import top_eigenspace
 from workflow.trial import TINY, papermill, table, tree
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -29,37 +42,33 @@ def numbers(device: str) -> dict[str, np.ndarray]:
         "depth": 2,
         "n_heads": 2,
     }
-    network = models.build_model("vit", **sizes, d_model=6, d_ff=8).double().to(device)
+    network = build_model("vit", **sizes, d_model=6, d_ff=8).double().to(device)
     x, y = torch.randn(12, 1, 4, 4), torch.arange(12) % 3
     losses, found = (
-        curvature.Losses(network, x, y),
-        {"losses": curvature.per_sample_losses(network, x, y)},
+        Losses(network, x, y),
+        {"losses": per_sample_losses(network, x, y)},
     )
     for part in PARTS:
-        found[f"norm {part}"] = curvature.hessian_norm(
+        found[f"norm {part}"] = hessian_norm(network, x, y, part=part, tolerance=1e-9).value
+        found[f"norms {part}"] = per_sample_hessian_norms(
             network, x, y, part=part, tolerance=1e-9
         ).value
-        found[f"norms {part}"] = curvature.per_sample_hessian_norms(
-            network, x, y, part=part, tolerance=1e-9
-        ).value
-    found["certified"] = curvature.per_sample_hessian_norms(network, x, y, certify=True).upper
-    found["pyhessian"] = curvature.hessian_norm(network, x, y, estimator="pyhessian").value
-    d = curvature.hessian_difference_norms(network, x, y, [4], tolerance=1e-9)
+    found["certified"] = per_sample_hessian_norms(network, x, y, certify=True).upper
+    found["pyhessian"] = hessian_norm(network, x, y, estimator="pyhessian").value
+    d = hessian_difference_norms(network, x, y, [4], tolerance=1e-9)
     found["step"], found["limit"] = d.step[0].value, d.limit[0].value
-    found["trace"] = curvature.hessian_trace(network, x, y, estimator="hutch++", probes=6)
-    found["spectrum"] = curvature.spectral_density(network, x, y, probes=2, steps=5).count([0.1])[0]
-    found["blocks"] = curvature.hessian_block_norms(network, x[:2], y[:2], tolerance=1e-9).values
+    found["trace"] = hessian_trace(network, x, y, estimator="hutch++", probes=6)
+    found["spectrum"] = spectral_density(network, x, y, probes=2, steps=5).count([0.1])[0]
+    found["blocks"] = hessian_block_norms(network, x[:2], y[:2], tolerance=1e-9).values
     for rung in bounds.RUNGS:
         found[f"bound {rung}"] = bounds.hessian_norm_bounds(network, x[:2], y[:2], rung=rung).values
     found["ball bound"] = bounds.hessian_norm_bounds(
         network, x[:2], y[:2], rung="activations", radius=1e-3
     ).values
-    eigen = convergence.top_eigenspace(losses, 2)
+    eigen = top_eigenspace(losses, 2)
     found["eigenvalues"] = eigen.values
-    found["spreads"] = list(vars(convergence.spreads(losses, 4)).values())
-    for b in convergence.difference_on_ball(
-        losses, [5], range(5), [1e-3], basis=eigen.vectors.abs(), steps=2
-    ):
+    found["spreads"] = list(vars(spreads(losses, 4)).values())
+    for b in difference_on_ball(losses, [5], range(5), [1e-3], basis=eigen.vectors.abs(), steps=2):
         found["ball"] = [b.measured, b.value, b.gradient, b.curvature]
     probes = sample_size.neighbourhood(losses.w, 0.1, 3)
     found["probes"] = sample_size.probe_losses(losses, probes)

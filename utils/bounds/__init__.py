@@ -6,6 +6,7 @@
 
 from utils.bounds.closed_form import loss_upper_bound
 from utils.bounds.ladder import RUNGS, Bound, hessian_bounds
+
 hessian_norm_bounds = hessian_bounds  # its old name
 from utils.bounds.published import closing_the_curvature_gap, unraveling_the_hessian
 from utils.bounds.subject import group_of

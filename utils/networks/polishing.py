@@ -11,7 +11,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from utils.curvature import Losses, operator_norm
+from utils.hessian import Losses
+from utils.hessian.norms import operator_norm
 
 ROUND = 60  # L-BFGS iterations of a round
 LBFGS = {"maxiter": ROUND, "maxfun": 3 * ROUND, "maxcor": 20, "ftol": 0.0, "gtol": 0.0}

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from utils.curvature import Losses, per_sample_losses
 from utils.data import Dataset
+from utils.hessian import Losses, per_sample_losses
 from utils.networks.contract import (
     prepared_copy,
     refuse_random_or_batch_dependent,

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.curvature import Losses, SampleHessians
+from utils.hessian import Losses
+from utils.hessian.losses import SampleHessians
 from utils.sample_size.answer import conclude
 from utils.sample_size.limits import Spread, budget, least_pilot, limits, pair_moments
 from utils.sample_size.surface import k_surface

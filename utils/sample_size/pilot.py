@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.bounds import hessian_norm_bounds, loss_upper_bound
-from utils.curvature import Losses
+from utils.hessian import Losses
 from utils.sample_size.answer import SampleSize, drift
 from utils.sample_size.ball import Moments, ball_forecast, curvature_moments, gradient_moments
 from utils.sample_size.limits import pair_moments

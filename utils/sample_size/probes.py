@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.curvature import Losses
+from utils.hessian import Losses
 
 STREAM = 0xBA11  # of the probes: torch's generator seeded with STREAM + seed
 

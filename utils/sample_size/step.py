@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.curvature import Losses
+from utils.hessian import Losses
 from utils.sample_size.answer import conclude
 
 

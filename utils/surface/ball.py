@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.curvature import Losses, operator_norm
+from utils.hessian import Losses
+from utils.hessian.norms import operator_norm
 from utils.surface.identities import running_means
 
 

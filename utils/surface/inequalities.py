@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import bounds
-from utils.curvature import Losses
+from utils.hessian import Losses
 from utils.surface.ball import OnBall, difference_on_ball
 from utils.surface.intervals import binomial_interval
 from utils.surface.neighbourhood import Spreads

@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from utils.curvature import Losses, SampleHessians
+from utils.hessian import Losses
+from utils.hessian.losses import SampleHessians
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from utils.curvature import Losses
+from utils.hessian import Losses
 
 DECADES = 5  # shown below the largest value of a logarithmic row
 

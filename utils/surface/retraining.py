@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from utils import training
-from utils.curvature import Losses, hessian_norm
+from utils.hessian import Losses, hessian_norm
+from utils.networks.training import stopping_rule, train
 from utils.surface.ball import difference_on_ball, onto_ball
 
 
@@ -55,11 +55,11 @@ def retrain(
     """
     whole = Losses(limit, x, y, loss)
     test = Losses(limit, x_test, y_test, loss)
-    threshold = training.stopping_rule(whole, whole.w)
+    threshold = stopping_rule(whole, whole.w)
     rows = []
     for k in sizes:
         network = fresh()
-        result = training.train(network, x[:k], y[:k], loss=loss, threshold=threshold, **options)
+        result = train(network, x[:k], y[:k], loss=loss, threshold=threshold, **options)
         w = Losses(network, x[:k], y[:k], loss).w
         row = {
             "k": k,
@@ -117,7 +117,7 @@ def retrain_from_seeds(
     for init, seed in enumerate(seeds if sizes else ()):
         if init > 0:
             limit = build(seed)
-            converged = training.train(limit, x, y, loss=loss, seed=seed, **options).converged
+            converged = train(limit, x, y, loss=loss, seed=seed, **options).converged
         fresh = partial(build, seed)
         table = retrain(fresh, x, y, sizes, limit, x_test, y_test, loss, seed=seed, **options)
         norm = hessian_norm(limit, x, y, loss, tolerance=1e-3).value

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import curvature
-from utils.models import ViT
+from utils.hessian import Losses, per_sample_hessian_norms
+from utils.networks import ViT
 from workflow.benchmark.methods import METHODS
 from workflow.benchmark.settings import BASES, TARGETS, TASKS, Method, Sizes, data, network, say
 
@@ -27,13 +27,13 @@ from workflow.benchmark.settings import BASES, TARGETS, TASKS, Method, Sizes, da
 @contextmanager
 def chunks_seen():
     """The chunk sizes [samples] that the memory budget of `Losses` gave meanwhile."""
-    chosen, seen = curvature.Losses.chunk, []
+    chosen, seen = Losses.chunk, []
 
     def spy(*arguments, **options):
         seen.append(chosen(*arguments, **options))
         return seen[-1]
 
-    with patch.object(curvature.Losses, "chunk", spy):
+    with patch.object(Losses, "chunk", spy):
         yield seen
 
 
@@ -147,10 +147,10 @@ def use_memory(model: str, n: int, quick: bool) -> None:
     """In a process of its own: the norms of n samples, the digits repeated."""
     net, (x, y) = network(model, quick), data()
     rows, two = torch.arange(n) % len(x), slice(2)
-    curvature.per_sample_hessian_norms(net, x[two], y[two])
+    per_sample_hessian_norms(net, x[two], y[two])
     before, start = peak_mib(), time.perf_counter()
     with chunks_seen() as seen:
-        curvature.per_sample_hessian_norms(net, x[rows], y[rows])
+        per_sample_hessian_norms(net, x[rows], y[rows])
     ms = 1e3 * (time.perf_counter() - start) / n
     print(
         json.dumps(

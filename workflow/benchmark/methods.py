@@ -12,8 +12,20 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from utils import convergence, curvature, pyhessian_adapter
-from utils.models import ViT, prepared_copy
+from utils.hessian import (
+    Losses,
+    hessian_norm,
+    per_sample_hessian_norms,
+    per_sample_losses,
+    spectral_density,
+)
+from utils.hessian.lanczos import lanczos
+from utils.hessian.losses import MEMORY, SampleHessians
+from utils.hessian.pyhessian import density
+from utils.hessian.spectrum import SpectralDensity
+from utils.networks import ViT
+from utils.networks.contract import prepared_copy
+from utils.surface import identities, random_orders
 from workflow.benchmark.settings import BASES, Method, Sizes, say
 
 
@@ -32,7 +44,7 @@ def ours(net, x, y, dtype=torch.float64, **options):
     """curvature.per_sample_hessian_norms as a method."""
 
     def call(rows):
-        found = curvature.per_sample_hessian_norms(net, x[rows], y[rows], dtype=dtype, **options)
+        found = per_sample_hessian_norms(net, x[rows], y[rows], dtype=dtype, **options)
         return found.value, found.converged
 
     return call
@@ -80,7 +92,7 @@ def arpack_of_ours(net, x, y):
     """eigsh on our product with the Hessian of one sample."""
 
     def one(losses, i):
-        product, local = curvature.SampleHessians(losses, torch.tensor([i])), torch.tensor([0])
+        product, local = SampleHessians(losses, torch.tensor([i])), torch.tensor([0])
 
         def matvec(v):
             return product(torch.from_numpy(v.reshape(1, -1).copy()), local)[0].numpy()
@@ -88,7 +100,7 @@ def arpack_of_ours(net, x, y):
         return arpack(LinearOperator((losses.P, losses.P), matvec, dtype=np.float64))
 
     def call(rows):
-        losses = curvature.Losses(net, x[rows], y[rows])
+        losses = Losses(net, x[rows], y[rows])
         return tuple(zip(*(one(losses, i) for i in range(len(rows)))))
 
     return call
@@ -123,7 +135,7 @@ def sample_norms(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Met
     a residual of 1e-10; where a start at the gradient ends higher, that. Both are Rayleigh
     quotients, that is lower ends."""
     losses, truth, generator = (
-        curvature.Losses(plain(net), x, y),
+        Losses(plain(net), x, y),
         [],
         torch.Generator().manual_seed(1),
     )
@@ -136,11 +148,11 @@ def sample_norms(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Met
             & (step >= 8)
         )
 
-    for rows in torch.arange(len(x)).split(max(1, curvature.MEMORY // (800 * losses.P))):
+    for rows in torch.arange(len(x)).split(max(1, MEMORY // (800 * losses.P))):
         start = torch.randn(len(rows), losses.P, dtype=torch.float64, generator=generator)
-        product, start = curvature.SampleHessians(losses, rows), start.to(x.device)
-        truth.append(curvature.lanczos(product, start, max_steps=200, done=done).value.cpu())
-    again = curvature.per_sample_hessian_norms(plain(net), x, y, tolerance=1e-8).value
+        product, start = SampleHessians(losses, rows), start.to(x.device)
+        truth.append(lanczos(product, start, max_steps=200, done=done).value.cpu())
+    again = per_sample_hessian_norms(plain(net), x, y, tolerance=1e-8).value
     single, share = torch.float32, sizes.share
     methods = [
         Method("ours", ours(net, x, y)),
@@ -173,7 +185,7 @@ def full_norm(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Method
     """Spectral norm of H_k; the truth by jvp(grad), from another start, to a residual of 1e-7."""
 
     def lanczos(rows):
-        found = curvature.hessian_norm(net, x[rows], y[rows])
+        found = hessian_norm(net, x[rows], y[rows])
         return [found.value], [found.converged]
 
     methods = [
@@ -182,7 +194,7 @@ def full_norm(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Method
         Method(BASES["norm"][0], pyhessian(net, x, y, each=False, batch=128), chunk=128),
         Method("eigsh on curvlinops", curvlinops(net, x, y, each=False, batch=128), chunk=128),
     ]
-    truth = curvature.hessian_norm(plain(net), x, y, tolerance=1e-7, max_steps=300, seed=1).value
+    truth = hessian_norm(plain(net), x, y, tolerance=1e-7, max_steps=300, seed=1).value
     return methods, torch.tensor([truth], dtype=torch.float64)
 
 
@@ -195,19 +207,17 @@ def spectrum(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Method]
         return [found.moment(1)[0], found.moment(2)[0]], None
 
     def adapted(rows):
-        losses = curvature.Losses(net, x[rows], y[rows])
-        return moments(
-            curvature.SpectralDensity(*pyhessian_adapter.density(losses, **options), losses.P)
-        )
+        losses = Losses(net, x[rows], y[rows])
+        return moments(SpectralDensity(*density(losses, **options), losses.P))
 
     methods = [
         Method(
             "ours",
-            lambda rows: moments(curvature.spectral_density(net, x[rows], y[rows], **options)),
+            lambda rows: moments(spectral_density(net, x[rows], y[rows], **options)),
         ),
         Method(BASES["density"][0], adapted, chunk=len(x)),
     ]
-    losses, generator = curvature.Losses(net, x, y), torch.Generator().manual_seed(1)
+    losses, generator = Losses(net, x, y), torch.Generator().manual_seed(1)
     signs = (
         torch.randint(2, (8 if sizes.quick else 128, losses.P), generator=generator).to(losses.w)
         * 2
@@ -224,7 +234,7 @@ def loss_steps(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Metho
     twin, criterion = prepared_copy(net), nn.CrossEntropyLoss(reduction="none")
 
     def orders(rows):
-        return convergence.random_orders(len(rows), sizes.orders)
+        return random_orders(len(rows), sizes.orders)
 
     @torch.no_grad()
     def forward(rows, size):
@@ -244,9 +254,7 @@ def loss_steps(net: ViT, x: Tensor, y: Tensor, sizes: Sizes) -> tuple[list[Metho
         return np.diff(means), None
 
     def vectorised(rows):
-        return convergence.loss_steps(
-            curvature.per_sample_losses(net, x[rows], y[rows]), orders(rows)
-        ), None
+        return identities.loss_steps(per_sample_losses(net, x[rows], y[rows]), orders(rows)), None
 
     methods = [
         Method("ours", vectorised, chunk=len(x)),

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.data import load_dataset
-from utils.models import ViT, ViTConfig, load_state, loss_from_logits, read_weights
+from utils.networks import ViT, ViTConfig, load_state, read_weights
+from utils.networks.losses import loss_from_logits
+from utils.networks.training import train
 from utils.run.files import atomic
 from utils.run.layout import RESULTS, RUNS
-from utils.training import train
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE, PAGE = ROOT / RUNS / "_benchmark", ROOT / "README.md"

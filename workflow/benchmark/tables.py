@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import curvature
+from utils.hessian.losses import MEMORY
 from utils.run.files import atomic
 from workflow.benchmark.settings import BASES, MODELS, TASKS
 from workflow.pages import fill
@@ -66,7 +66,7 @@ def table_of(frame: pd.DataFrame) -> str:
             f"{r.peak_mib:.0f} MiB for {r.n} samples ({r.base})" for r in group.itertuples()
         )
         grows = "it does not grow" if group["reached"].iloc[-1] == "reached" else "it grows"
-        budget = f"at the default budget of {curvature.MEMORY / 2**30:g} GiB"
+        budget = f"at the default budget of {MEMORY / 2**30:g} GiB"
         text += f"\nPeak memory of the per-sample norms, {model}, {budget}: {peaks}; {grows}.\n"
     about = (
         f"{name} {', '.join(map(str, frame[name].unique()))}"

@@ -31,9 +31,9 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from utils import sample_size as ss
-from utils import training
-from utils.curvature import Losses
 from utils.data import synthetic_draw
+from utils.hessian import Losses
+from utils.networks.training import train
 from utils.run.files import atomic
 from utils.run.layout import RESULTS
 from workflow.experiments.heads import Heads, a_priori
@@ -97,7 +97,7 @@ def fixed(pilots: int, names: list[str]) -> pd.DataFrame:
         (x, y), (pool_x, pool_y) = dataset_of(name)
         for kind in ("vit", "mlp"):
             model = network(kind, x, int(y.max()) + 1, seed=0)
-            training.train(model, x, y, l2=1e-2, epochs=15, polish_steps=0)
+            train(model, x, y, l2=1e-2, epochs=15, polish_steps=0)
             losses = Losses(model, pool_x, pool_y)
             for fraction, tolerance in QUESTIONS:
                 radius = fraction * losses.w.norm().item()
@@ -146,7 +146,7 @@ def refit(pilots: int, names: list[str]) -> pd.DataFrame:
             for seed in range(pilots):
                 order = generator.permutation(len(x))
                 model = network(kind, x, int(y.max()) + 1, seed, width=8)
-                training.train(
+                train(
                     model,
                     x[order[:200]],
                     y[order[:200]],
@@ -242,7 +242,7 @@ def mislabelled() -> tuple[np.ndarray, np.ndarray]:
     their ceilings."""
     x, y = synthetic_draw(6000, 1)
     model = network("vit", x, int(y.max()) + 1, seed=0)
-    training.train(model, x, y, l2=1e-3, epochs=15, polish_steps=0)
+    train(model, x, y, l2=1e-3, epochs=15, polish_steps=0)
     x, y = synthetic_draw(20000, 2)
     wrong = torch.from_numpy(np.random.default_rng(9).uniform(size=len(y)) < 1e-3)
     losses = Losses(model, x, torch.where(wrong, (y + 1) % (int(y.max()) + 1), y))

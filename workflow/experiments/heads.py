@@ -7,10 +7,11 @@ import math
 import numpy as np
 import torch
 
-from utils import convergence, training
 from utils import sample_size as ss
-from utils.curvature import Losses
 from utils.data import synthetic_draw
+from utils.hessian import Losses
+from utils.networks.training import train
+from utils.surface.retraining import projected_descent
 from workflow.experiments.populations import CONFIDENCE, PILOT, network
 
 
@@ -41,7 +42,7 @@ class Heads:
     def __init__(self, kind: str):
         x, y = synthetic_draw(600, 1)
         self.body = network(kind, x, int(y.max()) + 1, seed=0, width=8)
-        training.train(self.body, x, y, l2=1e-2, epochs=15, polish_steps=0)
+        train(self.body, x, y, l2=1e-2, epochs=15, polish_steps=0)
         torch.manual_seed(1)
         self.centre = torch.nn.Linear(8, int(y.max()) + 1).double()
         if kind == "vit":
@@ -63,9 +64,7 @@ class Heads:
             return Losses(self.centre, self.body(x.double()), y)
 
     def trained(self, rows, steps: int, start=None):
-        return convergence.projected_descent(
-            self.whole, rows, self.pool.w, self.radius, steps, start
-        )
+        return projected_descent(self.whole, rows, self.pool.w, self.radius, steps, start)
 
     def error(self, w) -> float:
         return self.held.values(w).mean().item() - self.best

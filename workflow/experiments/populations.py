@@ -7,9 +7,9 @@ import math
 import numpy as np
 import torch
 
-from utils import models
 from utils import sample_size as ss
 from utils.data import load_dataset, synthetic_draw
+from utils.networks import build_model
 
 CONFIDENCE = 0.9
 PILOT, LARGER = 400, 1600  # samples of a pilot
@@ -36,9 +36,7 @@ def dataset_of(name: str):
 def network(kind: str, x, n_classes: int, seed: int, width: int = 16):
     torch.manual_seed(seed)
     if kind == "mlp":
-        return models.build_model(
-            "mlp", d_in=x[0].numel(), width=width, depth=1, n_classes=n_classes
-        )
+        return build_model("mlp", d_in=x[0].numel(), width=width, depth=1, n_classes=n_classes)
     size = x.shape[-1]
     sizes = dict(
         image_size=size,
@@ -46,7 +44,7 @@ def network(kind: str, x, n_classes: int, seed: int, width: int = 16):
         patch_size=size // (2 if size % 4 else 4),
         n_classes=n_classes,
     )
-    return models.build_model("vit", **sizes, depth=1, n_heads=2, d_model=width, d_ff=2 * width)
+    return build_model("vit", **sizes, depth=1, n_heads=2, d_model=width, d_ff=2 * width)
 
 
 def interval_row(rule: str, low, high, truth, promised: float | None = None) -> dict:
