@@ -1,4 +1,5 @@
-"""The paper's labels, references and citations fit together, and the code cites only labels that exist.
+"""The paper's labels, references and citations fit together, and the code cites only labels that
+exist.
 
 Reads the LaTeX sources as text, so no LaTeX installation is needed.
 """
@@ -37,7 +38,8 @@ STATEMENT = re.compile(
 
 
 def tex() -> str:
-    """All LaTeX sources of the paper, comments removed (generated tables included, the build folder not)."""
+    """All LaTeX sources of the paper, comments removed (generated tables included, the build folder
+    not)."""
     files = sorted(p for p in PAPER.rglob("*.tex") if "build" not in p.relative_to(PAPER).parts)
     return "\n".join(COMMENT.sub("", p.read_text(encoding="utf-8")) for p in files)
 
@@ -48,7 +50,8 @@ def keys(pattern: re.Pattern, text: str) -> set[str]:
 
 
 def code_texts() -> dict[str, str]:
-    """Text that may cite labels: modules of utils, and the cells (not the outputs) of the notebooks."""
+    """Text that may cite labels: modules of utils, and the cells (not the outputs) of the
+    notebooks."""
     texts = {
         p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
         for p in (ROOT / "utils").rglob("*.py")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils.models import build_model
+from utils.networks import build_model
 
 F64 = torch.float64
 
@@ -20,7 +20,8 @@ TIGHT = 1e-10
 
 
 class Fused(nn.Module):
-    """Fused attention and torch's layer norm with an affine weight: what a user's model looks like."""
+    """Fused attention and torch's layer norm with an affine weight: what a user's model looks
+    like."""
 
     def __init__(self, d=4, K=3):
         super().__init__()

@@ -1,6 +1,5 @@
 """Losses, gradients and products against double backward, on real networks in float64."""
 
-import copy
 from types import MethodType
 
 import pytest
@@ -26,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from utils.hessian import (
     Losses,
     hessian_vector_product,
-    per_sample_hessian_norms,
     per_sample_losses,
 )
 from utils.hessian.derivatives import dense_hessian, per_sample_hessian_vector_product
@@ -100,9 +98,11 @@ def test_products_are_differences_of_gradients(name):
 
 
 def test_layer_norm_trap():
-    """`torch.func.hessian` of a module with an affine `F.layer_norm` is wrong, silently; ours is not.
+    """`torch.func.hessian` of a module with an affine `F.layer_norm` is wrong, silently; ours is
+    not.
 
-    Its reverse-over-reverse and forward-over-jacrev compositions lose terms; this is why `jvp(grad)` is used.
+    Its reverse-over-reverse and forward-over-jacrev compositions lose terms; this is why
+    `jvp(grad)` is used.
     """
     model, x, y, loss = case("fused")
     named = {n: p.detach() for n, p in model.named_parameters()}
@@ -171,7 +171,8 @@ def test_both_engines_give_the_same(name):
 
 
 def test_a_changed_network_is_read_anew():
-    """A replaced layer, a patched forward, a parametrisation: the chain is another, the answer right."""
+    """A replaced layer, a patched forward, a parametrisation: the chain is another, the answer
+    right."""
     x, y = samples()
 
     class Doubled(nn.Linear):

@@ -10,7 +10,7 @@ from torch import nn
 
 from utils.hessian import Losses, hessian_norm, per_sample_hessian_norms
 from utils.hessian.derivatives import dense_hessian
-from utils.models import build_model
+from utils.networks import build_model
 
 
 class Reverse(torch.autograd.Function):

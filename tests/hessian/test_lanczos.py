@@ -18,7 +18,8 @@ from utils.hessian.norms import operator_norm
     [(1_000, {40: 6.17, 60: 2.87, 100: 1.08}), (1_000_000, {40: 8.27, 60: 3.86, 100: 1.45})],
 )
 def test_lanczos_epsilon(P, table):
-    """The table of Theorem (thm:lanczos) in percent, the equation itself, and what few steps say."""
+    """The table of Theorem (thm:lanczos) in percent, the equation itself, and what few steps
+    say."""
     for steps, percent in table.items():
         eps = lanczos_epsilon(steps, P, 1e-6)
         assert round(100 * eps, 2) == percent
@@ -87,7 +88,8 @@ def test_certificate_holds_as_often_as_it_says(failure):
 
 
 def test_lanczos_on_a_known_spectrum():
-    """Ritz values, residuals and the end of a Krylov space, with finished rows leaving the batch."""
+    """Ritz values, residuals and the end of a Krylov space, with finished rows leaving the
+    batch."""
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(3, 12, 12, generator=generator, dtype=F64)
     A = A + A.mT

@@ -164,7 +164,8 @@ def test_model_and_generators_are_left_alone():
 
 
 def test_frozen_parameters_are_coordinates_like_any_other():
-    """The surface is a function of all weights; `parameters` restricts it, requires_grad does not."""
+    """The surface is a function of all weights; `parameters` restricts it, requires_grad does
+    not."""
     model, x, y, loss = case("mlp")
     frozen = copy.deepcopy(model)
     frozen.layers[0].requires_grad_(False)

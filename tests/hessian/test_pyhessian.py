@@ -1,7 +1,8 @@
-"""PyHessian's traps: for each, PyHessian alone falling into it and the adapter not, against dense Hessians in float64.
+"""PyHessian's traps: for each, PyHessian alone falling into it and the adapter not, against dense
+Hessians in float64.
 
-`alone` runs PyHessian as its manual says, on the model itself; where a trap would hide another one it is given a
-default dtype of float64 and a `torch.eig`.
+`alone` runs PyHessian as its manual says, on the model itself; where a trap would hide another one
+it is given a default dtype of float64 and a `torch.eig`.
 """
 
 import gc
@@ -24,7 +25,8 @@ from torch.nn import functional as F
 from utils.hessian import Losses
 from utils.hessian import pyhessian as adapter
 from utils.hessian.derivatives import dense_hessian
-from utils.models import build_model, logits, loss_from_logits
+from utils.networks import build_model
+from utils.networks.losses import logits, loss_from_logits
 
 F64 = torch.float64
 DEFAULTS = dict(
@@ -159,7 +161,8 @@ class Watched(nn.Module):
 
 @contextmanager
 def alone(dtype=F64, eig=None, seed=adapter.STREAM):
-    """A place to run PyHessian: default dtype, seed and perhaps a `torch.eig`, put back afterwards."""
+    """A place to run PyHessian: default dtype, seed and perhaps a `torch.eig`, put back
+    afterwards."""
     default = torch.get_default_dtype()
     with (
         torch.random.fork_rng(devices=[]),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from utils.hessian.lanczos import power_of_two, uniform_start
 from utils.hessian.losses import Losses
 from utils.hessian.norms import operator_norm
-from utils.models import ViT
+from utils.networks import ViT
 
 ROLES = {  # of the modules of a transformer's block
     "attention.query": "Q",

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
-from utils.models import logits, loss_from_logits, second_order_mode
+from utils.networks.contract import second_order_mode
+from utils.networks.losses import logits, loss_from_logits
 
 ENGINES = ("jvp(grad)", "double backward", "loop over examples")
 PARTS = ("full", "gauss_newton", "functional")

@@ -24,12 +24,12 @@ from utils.calculus.checks import check_chain
 from utils.hessian.coordinates import Coordinates
 from utils.hessian.differentiation import Differentiation, check_part
 from utils.hessian.memory import KEPT, MEMORY, WALK, activation_numbers
-from utils.models import (
-    LOSSES,
+from utils.networks.contract import (
     prepared_copy,
     refuse_random_or_batch_dependent,
     second_order_mode,
 )
+from utils.networks.losses import LOSSES
 
 
 class Losses(Coordinates):

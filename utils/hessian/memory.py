@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from utils.models import second_order_mode
+from utils.networks.contract import second_order_mode
 
 MEMORY = 2**31  # default budget of an estimator's working arrays [bytes]
 WALK = 6  # arrays for each activation of a forward pass that a product holds while it runs

@@ -42,7 +42,8 @@ from pyhessian import hessian
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from utils.models import logits, loss_from_logits, second_order_mode
+from utils.networks.contract import second_order_mode
+from utils.networks.losses import logits, loss_from_logits
 
 SIZE = 40  # PyHessian sees a norm of about 2^SIZE, beside which floors of 1e-6 are rounding
 STREAM = 0x9E5510  # added to seeds: weights drawn with a seed are independent of its probes
