@@ -84,6 +84,7 @@ check-bounds: .venv/.installed
 ladder: .venv/.installed
 	@$(SNAKEMAKE) --config study=studies/digits_ladder.yaml --until notebook_02
 	$(BIN)/python -m workflow.experiments.ladder
+	$(BIN)/python -m utils.report.ladder
 
 coverage: .venv/.installed
 	$(BIN)/python -m workflow.experiments.coverage

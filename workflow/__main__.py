@@ -1,7 +1,7 @@
 """Executed notebooks and committed pages.
 
 python -m workflow normalise IN OUT      an executed copy without run-to-run noise
-python -m workflow merge STUDY.yaml      a study's outputs into notebooks/ and the README
+python -m workflow merge STUDY.yaml      a study's outputs into notebooks/, findings into docs/
 python -m workflow render STUDY.yaml     its first run, executed, into notebooks/rendered/
 python -m workflow summary STUDY.yaml    print its findings
 python -m workflow dictionary            the columns of the result files into data/README.md
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 
+from utils.report.networks import networks_table
 from utils.run.study import read_study
 from workflow import checks, execution, pages
 
@@ -25,7 +26,8 @@ def main(arguments: list[str]) -> None:
             case ["merge", path]:
                 execution.merge_study(path)
                 table = pages.findings_table(read_study(path).name)
-                pages.fill("README.md", "findings", table)
+                pages.fill("docs/findings.md", "findings", table)
+                pages.fill("README.md", "networks", networks_table())
             case ["render", path]:
                 execution.render(read_study(path))
             case ["summary", path]:

@@ -1,4 +1,4 @@
-"""Tables of Markdown that are made, not written: findings in the README, columns in data/."""
+"""Tables of Markdown that are made, not written: findings in docs/, columns in data/."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from utils.run.files import atomic
 from utils.run.layout import RESULTS, RUNS
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE, PAGE = ROOT / RUNS / "_benchmark", ROOT / "README.md"
+CACHE = ROOT / RUNS / "_benchmark"
+PAGE = ROOT / "docs" / "benchmark.md"
 CSV = ROOT / RESULTS / "benchmarks" / "benchmark.csv"
 MARKERS = ("<!-- benchmark -->", "<!-- /benchmark -->")
 

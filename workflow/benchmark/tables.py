@@ -1,4 +1,4 @@
-"""Rows as benchmark.csv and as the table in the README."""
+"""Rows as benchmark.csv and as the tables of docs/benchmark.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workflow.pages import fill
 
 
 def shown(row: dict) -> bool:
-    """Whether the README shows a row: every method for the norms of one model, else ours and the
+    """Whether the page shows a row: every method for the norms of one model, else ours and the
     base."""
     if row["task"] == "norms" and row["model"] == "small-trained":
         return row["base"] == BASES["norms"][0]
@@ -23,7 +23,7 @@ def shown(row: dict) -> bool:
 
 
 def table(frame: pd.DataFrame) -> str:
-    """The rows that the README shows as Markdown, a table a device, the CPU's first; the CSV has
+    """The rows that the page shows as Markdown, a table a device, the CPU's first; the CSV has
     them all."""
     groups = frame.groupby("device", sort=False)
     return "\n\n".join(

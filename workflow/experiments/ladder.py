@@ -1,11 +1,11 @@
 """The ladder of bounds on the trained networks of studies/digits_ladder.yaml: `make ladder`.
 
-Takes every run of the study whose weights are there, 16 training and 16 held-out samples each,
+Takes every run of the study whose weights are there, 16 training and 16 held-out examples each,
 certifies their Hessian norms and asks every rung. Writes data/results/digits_ladder/ladder.csv, one
 row for a run, a part and a rung: the ratios bound / certified lower end of the norm and the cost,
-the matrix operations for the first training sample over those of one Hessian-vector product. Exits
-with 1 if a bound lies below the lower end of a norm. The rungs blocks and tangents take fewer
-samples on the larger networks, where one takes up to minutes: see `samples`. All of it takes hours
+the matrix operations for the first training example over those of one Hessian-vector product. Exits
+with 1 if a bound lies below the lower end of a norm. The rung tangents takes fewer examples
+on the larger networks, where one takes up to minutes: see `examples`. All of it takes hours
 of one core; `--runs` and `--rungs` share it out.
 """
 
@@ -21,31 +21,27 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from utils import bounds, curvature, models
+from utils.bounds import RUNGS as RUNGS_OF_BOUNDS
+from utils.bounds import hessian_bounds, measured_norms
 from utils.data import Dataset
+from utils.hessian import Losses, per_sample_hessian_norms
+from utils.hessian.losses import SampleHessians
+from utils.hessian.operations import operations
+from utils.networks import restore
 from utils.run.files import atomic
 from utils.run.layout import RESULTS, RUNS
 from utils.run.study import read_study
 
 STUDY = "digits_ladder"
-MEMORY = 5 * 2**30  # for the vectors of the deflated rung [bytes]
-# "prior, measured": with constants of the whole part; the number behind "deflated": dimension of
-# its subspace
-RUNGS = (
-    "closed_form",
-    "prior",
-    "prior, measured",
-    *bounds.RUNGS[2:-1],
-    "deflated 64",
-    "deflated 256",
-)
+MEASURED = "prior, measured"  # the prior with constants of the whole part
+RUNGS = ("closed_form", "prior", MEASURED, *RUNGS_OF_BOUNDS[2:])
 
 
-def samples(rung: str, depth: int, width: int, most: int) -> int:
-    """How many samples of a part a rung is asked for."""
+def examples(rung: str, depth: int, width: int, most: int) -> int:
+    """How many examples of a part a rung is asked for."""
     size = depth * (width / 16) ** 3  # of its dense matrix products
-    if rung in ("blocks", "tangents") and size > 2:
-        return 0 if rung == "tangents" and size > 48 else min(most, 4 if size <= 48 else 2)
+    if rung == "tangents" and size > 2:
+        return 0 if size > 48 else min(most, 4)
     return most
 
 
@@ -55,38 +51,32 @@ def of_run(folder: Path, run: str, most: int, rungs: list[str]) -> list[dict]:
         dataset = Dataset.from_arrays(
             dict(arrays), json.loads((folder / "dataset.json").read_text())
         )
-    network = models.restore(
-        description, load_file(folder / "model.safetensors"), dataset.info
-    ).double()
+    network = restore(description, load_file(folder / "model.safetensors"), dataset.info).double()
     c, rows, costs = network.config, [], {}
     for part, x, y in (
         ("training", dataset.x_train, dataset.y_train),
         ("held-out", dataset.x_test, dataset.y_test),
     ):
         x, y = x[:most], y[:most]
-        norms = curvature.per_sample_hessian_norms(network, x, y, description["loss"], certify=True)
-        losses = curvature.Losses(network, x, y, description["loss"])
+        norms = per_sample_hessian_norms(network, x, y, description["loss"], certify=True)
+        losses = Losses(network, x, y, description["loss"])
         product, v = (
-            curvature.SampleHessians(losses, torch.arange(len(x))),
+            SampleHessians(losses, torch.arange(len(x))),
             torch.randn(len(x), losses.P).double(),
         )
-        unit = curvature.operations(product, v)[1] / len(x)  # of one product of one sample
-        measured = bounds.measured_norms(
+        unit = operations(product, v)[1] / len(x)  # of one product of one sample
+        measured = measured_norms(
             network, dataset.x_train if part == "training" else dataset.x_test
         )
         for name in rungs:
-            n = samples(name, c.depth, c.d_model, most)
-            rung, *how = name.replace(",", "").split()
-            options = {"measured": measured} if rung == "prior" and how else {}
-            if rung == "deflated":
-                options = {"products": int(how[0]), "memory": MEMORY}
+            n = examples(name, c.depth, c.d_model, most)
+            rung = "prior" if name == MEASURED else name
+            options = {"measured": measured} if name == MEASURED else {}
             if n == 0 or (rung == "closed_form" and c.norm != "pre"):
                 continue
-            ask = bounds.hessian_norm_bounds
+            ask = hessian_bounds
             if name not in costs:  # on one sample: counting takes several times as long as asking
-                one = curvature.operations(
-                    ask, network, x[:1], y[:1], description["loss"], rung, **options
-                )
+                one = operations(ask, network, x[:1], y[:1], description["loss"], rung, **options)
                 costs[name] = one[1] / unit
             found = ask(network, x[:n], y[:n], description["loss"], rung, **options).values
             ratio = found / norms.lower[:n]
