@@ -24,7 +24,7 @@ def majorant(
     of: Subject,
     confidence: float = 0.95,
     max_steps: int = 60,
-    rounds: int = 12,
+    rounds: int = 16,
     seed: int = 0,
     memory: int = MEMORY,
 ) -> dict[str, Tensor]:

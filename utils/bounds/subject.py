@@ -103,7 +103,7 @@ def subject(
     _check_labels(y, output.shape, loss)
     names = [name for name, _ in twin.named_parameters()]
     tape = tape_of(twin, chain, x[:1], y[:1], loss, names)
-    if not torch.allclose(tape.values[chain.output], output, rtol=1e-6, atol=1e-9):
+    if not torch.allclose(tape.values[chain.output], output, rtol=1e-6, atol=1e-9, equal_nan=True):
         raise ValueError("The network's chain does not compute what the network does: report it.")
     values = [t for t in tape.values.values() if t.ndim > 1]
     groups = list(dict.fromkeys(map(group_of, names)))

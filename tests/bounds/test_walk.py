@@ -1,0 +1,264 @@
+"""Prior and activations: every jet, size and displacement of every value of the chain against what
+it bounds, on networks of every kind.
+
+The bounds are loose by orders of magnitude, so that a slip in one norm cannot show in the final
+number: every intermediate quantity is compared.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from small import (
+    NETWORKS,
+    bilinear_norm,
+    chain_values,
+    columns,
+    flat_weights,
+    images,
+    norm2,
+    small_mlp,
+    small_vit,
+)
+from torch.func import jacfwd
+
+from utils.bounds import SLOPES, hessian_bounds, measured_norms
+from utils.bounds.subject import subject
+from utils.bounds.walk import known_values
+from utils.calculus.nodes.known import Known, Situation
+
+SLACK = 1 + 1e-9
+ROWS = torch.tensor([0])
+
+
+def known(model, x, y, rung: str, radius: float = 0.0):
+    """The chain, the model it is of, and what is known of every value of the first example."""
+    of = subject(model, x, y, "cross_entropy")
+    with torch.no_grad():
+        return of, known_values(of, ROWS, Situation(radius, rung == "activations"))
+
+
+def number(value) -> float:
+    return float(torch.as_tensor(value).max())
+
+
+@pytest.mark.parametrize("rung", ["prior", "activations"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_first_derivative(name, rung):
+    """||dz/dw_g|| <= a_g for every value z and group g; some are equal where values are used."""
+    model = NETWORKS[name]()
+    x, y = images(7, 1)
+    of, found = known(model, x, y, rung)
+    w = flat_weights(model)
+    index = columns(model, of.groups)
+    J = jacfwd(lambda w: chain_values(of.chain, model, w, x[0]))(w)
+    sharp = []
+    for value, jacobian in J.items():
+        jacobian = jacobian.reshape(-1, len(w))
+        for g, ig in enumerate(index):
+            measured = norm2(jacobian[:, ig])
+            bound = number(found[value].jet.a[:, g])
+            assert bound >= measured * (1 - 1e-9) - 1e-12, (value, of.groups[g])
+            if measured > 1e-12:
+                sharp.append(bound / measured)
+    assert rung == "prior" or min(sharp) < 1 + 1e-6  # the comparison is not idle
+
+
+CURVED = ["pre mean gelu_tanh", "post mean gelu", "mlp", "heads with a mask", "convolutions"]
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_every_second_derivative(name):
+    """||d2z/dw_g dw_g'|| <= B_gg' of both rungs, for the values that linear maps read and make."""
+    model = NETWORKS[name]()
+    x, y = images(7, 1)
+    of, data = known(model, x, y, "activations")
+    _, prior = known(model, x, y, "prior")
+    w = flat_weights(model)
+    index = columns(model, of.groups)
+    made = [step.output for step in of.chain.steps if step.place.startswith(("linear", "layer_"))]
+    sizes = {value: data[value].value.numel() for value in made}
+    made = [value for value in made if sizes[value] <= 24]
+
+    def values(w):
+        every = chain_values(of.chain, model, w, x[0])
+        return torch.cat([every[value].flatten() for value in made])
+
+    T = jacfwd(jacfwd(values))(w).split([sizes[value] for value in made])
+    for value, second in zip(made, T, strict=True):
+        for g, ig in enumerate(index):
+            for k in range(g, len(index)):
+                block = second[:, ig][:, :, index[k]]
+                if float(block.norm()) < 1e-12:
+                    continue
+                measured = bilinear_norm(block, rounds=2)
+                for rung in (data, prior):
+                    bound = number(rung[value].jet.B[:, g, k])
+                    assert bound >= measured * (1 - 1e-9), (value, of.groups[g], of.groups[k])
+
+
+def sizes_of(t: torch.Tensor) -> dict[str, float]:
+    """What the sizes of a `Known` bound, of one value (1, *shape)."""
+    rows = t[0].reshape(-1, t.shape[-1]) if t.ndim > 1 else t.reshape(1, 1)
+    away = rows - rows.mean(0)
+    return {
+        "full": float(rows.norm()),
+        "row": float(rows.norm(dim=1).max()),
+        "centred": float(away.norm()),
+    }
+
+
+def within(known: Known, t: torch.Tensor) -> None:
+    """The sizes of a value hold."""
+    for name, size in sizes_of(t).items():
+        assert size <= number(getattr(known, name)) * SLACK + 1e-12, name
+    assert norm2(t[0].reshape(-1, t.shape[-1])) <= number(known.norm()) * SLACK + 1e-12
+
+
+BALLS = [name for name in NETWORKS if "relu" not in name]
+
+
+@pytest.mark.parametrize("name", BALLS)
+def test_sizes_and_displacements_on_the_ball(name):
+    """At weights of the ball, random and along one parameter alone, every value is as large and as
+    far from its centre as stated at most, by both rungs."""
+    model = NETWORKS[name]()
+    x, y = images(3, 1)
+    radius = 0.1
+    of, data = known(model, x, y, "activations", radius)
+    _, prior = known(model, x, y, "prior", radius)
+    w = flat_weights(model)
+    centre = chain_values(of.chain, model, w, x[0])
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(len(w), generator=generator, dtype=torch.float64) for _ in range(3)]
+    for ig in columns(model, of.groups):
+        step = torch.zeros_like(w)
+        step[ig] = w[ig]
+        steps.append(step)
+    close = []
+    with torch.no_grad():
+        for step in steps:
+            there = chain_values(of.chain, model, w + radius * step / step.norm(), x[0])
+            for value, t in there.items():
+                if not t.isfinite().all():  # masked scores
+                    continue
+                within(data[value], t)
+                within(prior[value], t)
+                distance = float((t - centre[value]).norm())
+                bound = number(data[value].moved)
+                assert distance <= bound * SLACK + 1e-12, value
+                close.append(distance / max(bound, 1e-300))
+    assert max(close) > 0.3
+
+
+@pytest.mark.parametrize("name", BALLS)
+def test_the_ball_of_radius_zero_is_the_point(name):
+    """Values tend to those of the point as the radius does, grow with it, and stay below the
+    prior's."""
+    model = NETWORKS[name]()
+    x, y = images(1, 2)
+    last = hessian_bounds(model, x, y).values
+    near = hessian_bounds(model, x, y, radius=1e-13).values
+    torch.testing.assert_close(near, last, rtol=1e-6, atol=0)
+    for radius in (1e-6, 1e-3, 1e-1, 10.0):
+        here = hessian_bounds(model, x, y, radius=radius).values
+        prior = hessian_bounds(model, x, y, rung="prior", radius=radius).values
+        assert (last <= here * SLACK).all() and (here <= prior * SLACK).all()
+        last = here
+
+
+def test_attention_on_the_ball_leaves_saturation():
+    """Rows nearly one-hot, large keys and values: a small move of one query bias opens the rows, and
+    the attention's norms grow by orders of magnitude."""
+    model = small_vit(0, d_model=2, n_heads=1, pool="mean", eps=1e-3)
+    attention = model.blocks[0].attention
+    with torch.no_grad():
+        for p in attention.parameters():
+            p.zero_()
+        attention.query.bias[0] = 3.0
+        attention.key.weight[0, 0] = attention.value.weight[0, 0] = 8.0
+        attention.out.weight[0, 0] = 1.0
+    x, y = images(2, 1)
+    of, ball = known(model, x, y, "activations", 0.3)
+    w = flat_weights(model)
+    place = [n for n, p in model.named_parameters() for _ in range(p.numel())]
+    entry = place.index("blocks.0.attention.query.bias")
+    index = columns(model, of.groups)
+    with torch.no_grad():
+        for sign in (-1.0, -0.5, 0.5, 1.0):
+            there = w.clone()
+            there[entry] += 0.3 * sign
+            for value, t in chain_values(of.chain, model, there, x[0]).items():
+                within(ball[value], t)
+    there = w.clone()
+    there[entry] -= 0.3
+    J = jacfwd(lambda w: chain_values(of.chain, model, w, x[0])[of.chain.output])(there)
+    for g, ig in enumerate(index):
+        assert (
+            norm2(J.reshape(-1, len(w))[:, ig]) <= number(ball[of.chain.output].jet.a[:, g]) * SLACK
+        )
+
+
+def test_connected_network_without_biases_in_closed_form():
+    """(prop:connected) for ReLU without biases: the two parts as written there bound the walk's,
+    which knows the product of neighbouring maps, and the first and last entries are equal."""
+    model = small_mlp(3, depth=2, activation="relu", bias=False)
+    x, y = images(3, 2)
+    bound = hessian_bounds(model, x, y, rung="prior")
+    W = [norm2(layer.weight.detach()) for layer in model.layers]
+    for i in range(2):
+        reads = [float(x[i].norm()) * math.prod(W[:p]) for p in range(4)]
+        a = torch.tensor([reads[p] * math.prod(W[p + 1 :]) for p in range(4)]).double()
+        B = [[0.0 if p == q else math.prod(W) / W[p] / W[q] for q in range(4)] for p in range(4)]
+        B = float(x[i].norm()) * torch.tensor(B).double()
+        expected = math.sqrt(2) * B + torch.outer(a, a) / 2
+        assert (bound.blocks[i] <= expected * (1 + 1e-6)).all()
+        torch.testing.assert_close(bound.blocks[i, 2:, 2:], expected[2:, 2:], rtol=1e-6, atol=0)
+
+
+def test_variance_floor():
+    """With a floor that holds, the values are smaller; with one below sqrt(eps) they are equal."""
+    model = small_vit(3, 1.0, eps=1e-6, depth=2)
+    x, y = images(3, 2)
+    for rung in ("closed_form", "prior"):
+        free = hessian_bounds(model, x, y, rung=rung).values
+        held = hessian_bounds(model, x, y, rung=rung, variance_floor=0.1).values
+        below = hessian_bounds(model, x, y, rung=rung, variance_floor=1e-9).values
+        assert (held < free).all()
+        torch.testing.assert_close(below, free)
+
+
+@pytest.mark.parametrize("names", [SLOPES, None, ("first", "A")])
+@pytest.mark.parametrize("radius", [0.0, 1e-3])
+def test_measured_norms(names, radius):
+    """No bound grows with measured norms, and those of the point are the largest of the examples;
+    examples that were measured stay bounded by the sharper rung."""
+    model = small_vit(4, depth=2, eps=1e-6)
+    x, y = images(4, 4)
+    found = measured_norms(model, x, radius, names)
+    data = hessian_bounds(model, x, y, radius=radius)
+    for (step, name), value in found.values.items():
+        assert value == pytest.approx(float(data.terms[f"{step} {name}"].max()), rel=1e-9)
+    for rung in ("prior", "closed_form"):
+        free = hessian_bounds(model, x, y, rung=rung, radius=radius).values
+        held = hessian_bounds(model, x, y, rung=rung, radius=radius, measured=found).values
+        assert (held < free).all()
+        assert names is None or (held >= data.values / SLACK).all()
+    with pytest.raises(ValueError, match="measure them anew"):
+        hessian_bounds(model, x, y, rung="prior", radius=0.1, measured=found)
+    with pytest.raises(ValueError, match="takes no measured norms"):
+        hessian_bounds(model, x, y, measured=found)
+
+
+def test_one_token_and_saturated_and_overflow():
+    """One token (softmax of one number), rows saturated to one-hot, and numbers beyond float64:
+    inf, never NaN."""
+    x, y = images(0, 2)
+    deep = small_vit(0, 3.0, depth=14, eps=1e-12)
+    huge = small_vit(0, 1e120)
+    for rung in ("closed_form", "prior"):
+        assert (hessian_bounds(deep, x, y, rung=rung).values == math.inf).all()
+        assert (hessian_bounds(huge, x, y, rung=rung).values == math.inf).all()
+    assert not hessian_bounds(deep, x, y).values.isnan().any()
