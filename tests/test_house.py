@@ -9,7 +9,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each folder may import those before it. `networks.training` measures while it trains.
 ORDER = ["run", "data", "networks", "calculus", "hessian", "bounds", "surface", "sample_size"]
 ORDER += ["report"]
-EXCEPT = {"utils.networks.training": "hessian"}  # stands in the order where this folder does
+EXCEPT = {
+    "utils.networks.training": "hessian",
+    "utils.networks.polishing": "hessian",
+}  # stands in the order where this folder does
 MOST_NAMES = 10
 # Modules of the first edition, and shims at their places: not held to the rules. Empty it when
 # they are gone.

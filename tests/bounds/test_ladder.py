@@ -163,7 +163,9 @@ def test_batch_dtype_and_model_unchanged():
         assert together.values.shape == (5,) and together.values.dtype == torch.float64
         m = len(together.groups)
         assert rung == "closed_form" or together.blocks.shape == (5, m, m)
-        assert "log10" in together.terms and (rung == "tangents" or {"D", "E"} <= set(together.terms))
+        assert "log10" in together.terms and (
+            rung == "tangents" or {"D", "E"} <= set(together.terms)
+        )
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
@@ -234,7 +236,13 @@ def test_refusals():
         with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
             hessian_bounds(module, x, y, **options)
         assert message in str(caught.value)
-    for bad_x, bad_y in ((x, y[:1]), (x, y + 3), (x, y.double()), (x * math.nan, y), (x[:0], y[:0])):
+    for bad_x, bad_y in (
+        (x, y[:1]),
+        (x, y + 3),
+        (x, y.double()),
+        (x * math.nan, y),
+        (x[:0], y[:0]),
+    ):
         with pytest.raises(ValueError):
             hessian_bounds(model, bad_x, bad_y)
     free = small_vit(0, eps=0.0)

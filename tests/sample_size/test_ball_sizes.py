@@ -7,7 +7,7 @@ import pytest
 import torch
 from pilots import linear_pilot, tiny_vit
 
-from utils.bounds import hessian_norm_bounds
+from utils.bounds import hessian_bounds
 from utils.hessian import Losses, per_sample_gradients
 from utils.sample_size import k_surface, pilot, required_samples
 from utils.sample_size.ball import ball_forecast, curvature_moments, gradient_moments, k_ball
@@ -62,7 +62,7 @@ def test_ball_and_excess_answers():
     # by a rung: no remainder, a term that does not fall
     vit, u, v = tiny_vit(300)
     sure = required_samples(vit, u, v, 1.0, 1e-4, 0.9, "ball", rung="activations")
-    M = hessian_norm_bounds(vit, u, v, rung="activations", radius=1e-4).values
+    M = hessian_bounds(vit, u, v, rung="activations", radius=1e-4).values
     assert sure.terms["moment"] == pytest.approx(float(M.square().mean().sqrt()), rel=1e-9)
     assert "second order" not in sure.statement and sure.upper < math.inf
     assert (

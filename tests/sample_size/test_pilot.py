@@ -179,7 +179,7 @@ def test_each_part_is_measured_once(monkeypatch):
     monkeypatch.undo()
     for name in ("values", "sample_gradients"):
         monkeypatch.setattr(measured.losses, name, None)
-    monkeypatch.setattr(measured.losses, "steps", None)
+    monkeypatch.setattr(measured.losses, "chain", None)
     assert ask() == first
 
 

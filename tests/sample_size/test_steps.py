@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pilots import linear_pilot, tiny_vit
+from pilots import Summed, linear_pilot, tiny_vit
 from refusal import refused
 
-from utils.bounds import hessian_norm_bounds, loss_upper_bound
+from utils.bounds import hessian_bounds, loss_upper_bound
 from utils.hessian import Losses, per_sample_gradients
 from utils.sample_size import pilot, required_samples
 from utils.sample_size.probes import neighbourhood, probe_losses
@@ -89,7 +89,7 @@ def test_worst_range_by_pairs(radius):
     if radius == 0:
         assert parts["gradient"] == parts["curvature"] == 0
     else:
-        prior = hessian_norm_bounds(model, x, y, rung="prior", radius=radius).values
+        prior = hessian_bounds(model, x, y, rung="prior", radius=radius).values
         assert parts["curvature"] == pytest.approx(radius**2 * float(prior.max()), rel=1e-12)
     assert parts["D"] == pytest.approx(
         parts["value"] + parts["gradient"] + parts["curvature"], rel=1e-12
@@ -98,8 +98,8 @@ def test_worst_range_by_pairs(radius):
     for row in probe_losses(losses, neighbourhood(losses.w, radius, 20)):
         assert np.ptp(row) <= parts["D"]
     if radius:
-        linear, x, y = linear_pilot(6)
-        refused(lambda: pilot(linear, x, y).step(1.0, radius=radius), "ViT")
+        _, x, y = linear_pilot(6)
+        refused(lambda: pilot(Summed(), x, y).step(1.0, radius=radius), "cumprod")
 
 
 def test_worst_range_of_nearly_equal_gradients():
@@ -136,7 +136,7 @@ def test_step_verdicts_and_ceiling():
     ):
         assert found.verdict == "cannot tell" and found.upper == found.terms["ceiling"] == math.inf
         assert found.k < math.inf
-    refused(lambda: required_samples(linear, u, v, 1.0, radius=0.1, criterion="step"), "ViT")
+    refused(lambda: required_samples(Summed(), u, v, 1.0, radius=0.1, criterion="step"), "cumprod")
 
 
 def test_upper_end_of_the_step_holds_for_samples_not_in_the_pilot():

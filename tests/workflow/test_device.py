@@ -61,8 +61,8 @@ def numbers(device: str) -> dict[str, np.ndarray]:
     found["spectrum"] = spectral_density(network, x, y, probes=2, steps=5).count([0.1])[0]
     found["blocks"] = hessian_block_norms(network, x[:2], y[:2], tolerance=1e-9).values
     for rung in bounds.RUNGS:
-        found[f"bound {rung}"] = bounds.hessian_norm_bounds(network, x[:2], y[:2], rung=rung).values
-    found["ball bound"] = bounds.hessian_norm_bounds(
+        found[f"bound {rung}"] = bounds.hessian_bounds(network, x[:2], y[:2], rung=rung).values
+    found["ball bound"] = bounds.hessian_bounds(
         network, x[:2], y[:2], rung="activations", radius=1e-3
     ).values
     eigen = top_eigenspace(losses, 2)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.bounds import hessian_norm_bounds, loss_upper_bound
+from utils.bounds import hessian_bounds, loss_upper_bound
 from utils.hessian import Losses
 from utils.sample_size.answer import SampleSize, drift
 from utils.sample_size.ball import Moments, ball_forecast, curvature_moments, gradient_moments
@@ -88,12 +88,12 @@ class Pilot:
     def hessian_norms(self, rung: str, radius: float) -> Tensor:
         """Bounds (n,) of the supremum of each example's Hessian norm over the ball.
 
-        rung: of `bounds.hessian_norm_bounds`, one that holds on balls. radius: of the ball. Raises
+        rung: of `bounds.hessian_bounds`, one that holds on balls. radius: of the ball. Raises
         ValueError for networks that the rung does not know.
         """
         if (rung, radius) not in self._norms:
             at = self.losses
-            bound = hessian_norm_bounds(at.model, at.x, at.y, at.loss, rung, radius=radius)
+            bound = hessian_bounds(at.model, at.x, at.y, at.loss, rung, radius=radius)
             self._norms[rung, radius] = bound.values.double()
         return self._norms[rung, radius]
 

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import bounds
+from utils.bounds import hessian_bounds
 from utils.hessian import Losses
 from utils.surface.ball import OnBall, difference_on_ball
 from utils.surface.intervals import binomial_interval
@@ -114,12 +114,13 @@ def largest_norm_on_ball(model: nn.Module, x: Tensor, y: Tensor, loss: str, radi
         inf where the rung overflows or does not know the network.
 
     >>> import torch
-    >>> largest_norm_on_ball(torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1]), "mse", 0.1)
-    inf
+    >>> x, y = torch.eye(2), torch.tensor([0, 1])  # Hessian of the mean square: x1 x1^T, x1 = (x, 1)
+    >>> round(largest_norm_on_ball(torch.nn.Linear(2, 2), x, y, "mse", 0.1), 6)
+    2.0
     """
     try:
         with np.errstate(over="ignore"):
-            found = bounds.hessian_norm_bounds(model, x, y, loss, rung="activations", radius=radius)
+            found = hessian_bounds(model, x, y, loss, rung="activations", radius=radius)
     except ValueError:
         return np.inf
     return found.values.max().item()

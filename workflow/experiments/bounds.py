@@ -84,7 +84,7 @@ def case(number: int) -> list[dict]:
             else {}
         )
         try:
-            bound = bounds.hessian_norm_bounds(
+            bound = bounds.hessian_bounds(
                 model, x, y, about["loss"], rung, parameters=about["subset"], **options
             ).values
         except ValueError:  # the closed form: all weights, pre-norm, cross-entropy
