@@ -8,7 +8,14 @@ from reference import close, norms_of, reference, sample_hessians, samples
 from refusal import refused
 from torch import nn
 
-from utils.hessian import Losses, hessian_norm, per_sample_hessian_norms
+from utils.hessian import (
+    Losses,
+    hessian_block_norms,
+    hessian_norm,
+    hessian_trace,
+    per_sample_hessian_norms,
+    spectral_density,
+)
 from utils.hessian.derivatives import dense_hessian
 from utils.models import build_model
 
@@ -117,7 +124,9 @@ def test_a_model_without_a_second_derivative_is_refused():
 
     (x, y), roots = samples(), Net(lambda h: torch.relu(h - 9).sqrt())
     refused(lambda: hessian_norm(Net(once), x, y), "Hessian", "replace")
-    refused(lambda: per_sample_hessian_norms(roots, x, y), "finite")
+    for call in (per_sample_hessian_norms, hessian_trace, hessian_block_norms, spectral_density):
+        refused(lambda call=call: call(roots, x, y), "finite")
+    refused(lambda: hessian_norm(roots, x, y, estimator="exact"), "finite")
 
 
 def test_the_input_is_left_alone():
