@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.hessian.differentiation import refuse_not_finite
 from utils.hessian.lanczos import power_of_two, uniform_start
 from utils.hessian.losses import Losses
 from utils.hessian.norms import operator_norm
@@ -117,7 +118,9 @@ def hessian_block_norms(
     groups = parameter_groups(model) if groups is None else groups
     names = list(groups)
     start = uniform_start((losses.P,), losses, seed)
-    unit = power_of_two(losses.hessian()(start)[None])
+    image = losses.hessian()(start)
+    refuse_not_finite(image)
+    unit = power_of_two(image[None])
     unit = 1.0 if unit is None else unit.item()  # squares of the blocks stay in range
     values = np.zeros((len(names), len(names)))
     residual = np.zeros_like(values)

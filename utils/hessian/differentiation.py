@@ -29,6 +29,15 @@ PROBE = 0x5EED_0F_5411  # seed of the random directions that test an engine
 Point = dict[str, Tensor]
 
 
+def refuse_not_finite(products: Tensor) -> None:
+    """Raise ValueError unless `products`, or numbers made of them, are finite."""
+    if not products.isfinite().all():
+        raise ValueError(
+            "A product with the Hessian is no finite number: look at the inputs and at operations "
+            "without a second derivative."
+        )
+
+
 def check_part(part: str) -> None:
     """Raise ValueError unless `part` is "full", "gauss_newton" or "functional"."""
     if part not in PARTS:
@@ -110,23 +119,24 @@ class Differentiation:
     def choose(self, point: Point, x: Tensor, y: Tensor) -> str:
         """Set `engine` to the first that works on x (n, ...), y (n,), and return it.
 
-        Raises ValueError where none does.
+        Products that are no finite numbers say nothing against an engine: whoever uses them
+        refuses them. Raises ValueError where no engine works.
         """
         generator = torch.Generator().manual_seed(PROBE)
         pair = []
         for _ in range(2):
             noise = {n: torch.randn(t.shape, generator=generator) for n, t in point.items()}
             pair.append({n: v.to(point[n]).expand(len(x), *v.shape) for n, v in noise.items()})
-        reason = "two products with it contradict each other or are no finite numbers"
+        reason = "two products with it contradict each other"
         for self.engine in ENGINES:
             try:
-                first, second = (self.example_products(point, v, x, y, "full") for v in pair)
+                images = [self.example_products(point, v, x, y, "full") for v in pair]
             except torch.OutOfMemoryError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
                 reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
                 continue
-            if _symmetric(pair, first, second):
+            if _symmetric(pair, *images):
                 return self.engine
         self.engine = None
         raise ValueError(f"The model has no Hessian to be had ({reason}): replace that operation.")
@@ -183,12 +193,13 @@ def _example(inputs: Tensor | Point, i: int):
 
 
 def _symmetric(pair: list[Point], first: Point, second: Point) -> bool:
-    """Whether u.(H v) = v.(H u) to the square root of rounding; first is H u, second H v."""
+    """Whether u.(H v) = v.(H u) to the square root of rounding, where that can be said.
+
+    first is H u, second H v.
+    """
     u, v = pair
     largest = max(t.abs().max() for image in (first, second) for t in image.values())
-    if not largest.isfinite():
-        return False
-    if largest == 0:
+    if largest == 0 or not largest.isfinite():
         return True
     first, second = ({n: t / largest for n, t in image.items()} for image in (first, second))
     difference = _inner(u, second) - _inner(v, first)

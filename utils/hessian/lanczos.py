@@ -15,6 +15,8 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from utils.hessian.differentiation import refuse_not_finite
+
 
 @dataclass
 class Ritz:
@@ -177,11 +179,7 @@ def _store(result: Ritz, rows: Tensor, found: Ritz, unit: Tensor | None) -> None
 
 def _ritz(alpha: Tensor, beta: Tensor, exhausted: Tensor) -> Ritz:
     """Extreme eigenvalues of tridiagonal matrices alpha, beta (m, j); the last beta leads out."""
-    if not (alpha.isfinite().all() and beta.isfinite().all()):
-        raise ValueError(
-            "A product with the Hessian is no finite number: look at the inputs and at operations "
-            "without a second derivative."
-        )
+    refuse_not_finite(alpha + beta)
     below = torch.diag_embed(beta[:, :-1], -1)  # eigh reads the lower triangle
     theta, s = torch.linalg.eigh(torch.diag_embed(alpha) + below)
     tail = beta[:, -1:] * s[:, -1, [0, -1]].abs()  # residuals of the two ends

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.hessian import pyhessian
+from utils.hessian.differentiation import refuse_not_finite
 from utils.hessian.lanczos import Ritz, certified_upper, lanczos, normalise, uniform_start
 from utils.hessian.losses import Losses, SampleHessians
 
@@ -274,6 +275,7 @@ def hessian_norm(
 def _exact_norm(losses: Losses, part: str, tolerance: float) -> NormEstimate:
     """By the eigenvalues of the symmetric part, with the residual of the product itself."""
     H = losses.dense(part)
+    refuse_not_finite(H)
     values, vectors = torch.linalg.eigh((H + H.T) / 2)
     top = int(values.abs().argmax())
     v = vectors[:, top]

@@ -15,6 +15,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from utils.hessian import pyhessian
+from utils.hessian.differentiation import refuse_not_finite
 from utils.hessian.lanczos import lanczos, uniform_start
 from utils.hessian.losses import Losses
 
@@ -80,11 +81,7 @@ def hessian_trace(
         signs = signs[2 * third :]
         signs = signs - (signs @ Q) @ Q.T
     values = torch.stack([v @ product(v) for v in signs])
-    if not values.isfinite().all():
-        raise ValueError(
-            "A product with the Hessian is no finite number: look at the inputs and at operations "
-            "without a second derivative."
-        )
+    refuse_not_finite(values)
     error = values.std() / math.sqrt(len(values))
     return known + values.mean().item(), error.item()
 

@@ -1,0 +1,3 @@
+"""Moved to `tests/hessian`; what other tests still import from here."""
+
+from hessian.reference import randomised, reference, samples, vit  # noqa: F401
