@@ -99,7 +99,7 @@ def test_worst_range_by_pairs(radius):
         assert np.ptp(row) <= parts["D"]
     if radius:
         _, x, y = linear_pilot(6)
-        refused(lambda: pilot(Summed(), x, y).step(1.0, radius=radius), "cumprod")
+        refused(lambda: pilot(Summed(), x, y).step(1.0, radius=radius), "exp of the network")
 
 
 def test_worst_range_of_nearly_equal_gradients():
@@ -136,7 +136,7 @@ def test_step_verdicts_and_ceiling():
     ):
         assert found.verdict == "cannot tell" and found.upper == found.terms["ceiling"] == math.inf
         assert found.k < math.inf
-    refused(lambda: required_samples(Summed(), u, v, 1.0, radius=0.1, criterion="step"), "cumprod")
+    refused(lambda: required_samples(Summed(), u, v, 1.0, radius=0.1, criterion="step"), "exp of the network")
 
 
 def test_upper_end_of_the_step_holds_for_samples_not_in_the_pilot():

@@ -31,7 +31,7 @@ def layer_norm_pitfall(model: nn.Module, x: Tensor, y: Tensor) -> pd.DataFrame:
     `torch.func.hessian` is jacfwd(jacrev), and forward mode over a backward pass that runs under
     vmap loses terms of `F.layer_norm`.
 
-    >>> from utils.models import build_model
+    >>> from utils.networks import build_model
     >>> sizes = dict(image_size=2, channels=1, patch_size=1, n_classes=2, depth=1)
     >>> model = build_model("vit", **sizes, n_heads=1, d_model=2, d_ff=2).double()
     >>> table = layer_norm_pitfall(model, torch.ones(1, 1, 2, 2).double(), torch.tensor([0]))

@@ -2,7 +2,7 @@
 
 from utils.sample_size.answer import SampleSize
 from utils.sample_size.coverage import exceedance, true_size
-from utils.sample_size.pilot import CRITERIA, pilot
+from utils.sample_size.measurement import CRITERIA, pilot
 from utils.sample_size.probes import label_ceiling
 from utils.sample_size.required import required_samples
 from utils.sample_size.rivals import baselines

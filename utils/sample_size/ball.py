@@ -62,7 +62,7 @@ def curvature_moments(losses: Losses, seed: int = 0) -> Moments:
     losses: of n examples. seed: of the pairs and of v, fresh independent signs for each pair: the
     noise of the probe is in the pair's. Source: (eq:pilot-pairs).
 
-    >>> from utils.models import build_model
+    >>> from utils.networks import build_model
     >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
     >>> losses = Losses(network, torch.ones(6, 2), torch.zeros(6).long())
     >>> curvature_moments(losses)[0] < 1e-20  # equal examples: equal Hessians
@@ -83,7 +83,7 @@ def gradient_moments(losses: Losses) -> Moments:
 
     losses: of n examples, at least 4 or ValueError. Source: (eq:pilot-pairs).
 
-    >>> from utils.models import build_model
+    >>> from utils.networks import build_model
     >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
     >>> losses = Losses(network, torch.ones(6, 2), torch.zeros(6).long())
     >>> gradient_moments(losses)[0] < 1e-20  # equal examples: equal gradients

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from utils.sample_size.answer import SampleSize
-from utils.sample_size.pilot import CRITERIA, pilot
+from utils.sample_size.measurement import CRITERIA, pilot
 
 
 def required_samples(

@@ -54,7 +54,7 @@ def next_step(scores, confidence: float) -> float:
 def gradient_distance(losses: Losses) -> float:
     """max |grad l_i - grad l_j| over the pairs of examples of `losses`.
 
-    >>> from utils.models import build_model
+    >>> from utils.networks import build_model
     >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
     >>> losses = Losses(network, torch.ones(6, 2), torch.zeros(6).long())
     >>> gradient_distance(losses)  # equal examples: equal gradients

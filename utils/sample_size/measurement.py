@@ -152,9 +152,9 @@ class Pilot:
         Raises ValueError out of range and for networks that the rung does not know.
         Source: Theorem (thm:surface-ball), Corollary (cor:ball-sizes).
 
-        >>> from utils.models import build_model
-        >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
+        >>> from utils.networks import build_model
         >>> _ = torch.manual_seed(0)
+        >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
         >>> x, y = torch.randn(400, 2), torch.arange(400) % 3
         >>> pilot(network, x, y, ball=0.01).ball(tolerance=5.0).verdict
         'enough'
@@ -177,9 +177,9 @@ class Pilot:
         over the ball the training objective is left. All else as for `ball`.
         Source: Proposition (prop:excess-risk).
 
-        >>> from utils.models import build_model
-        >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
+        >>> from utils.networks import build_model
         >>> _ = torch.manual_seed(0)
+        >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
         >>> x, y = torch.randn(400, 2), torch.arange(400) % 3
         >>> measured = pilot(network, x, y, ball=0.01)
         >>> measured.excess(0.2).k == measured.ball(0.1).k
