@@ -1,5 +1,6 @@
 # make reproduce   install, run notebooks 01 to 07 on the digits, print what was found
-# make test        install, lint, test
+# make check       the fast part of the tests: style, types, examples, tests of less than a second
+# make test        install, and all of it: what check does, and the notebooks end to end
 # make study NAME=vit_mnist   another study of studies/      make notebook   open Jupyter
 # make report NAME=vit_mnist  its tables and figures anew from data/results, without running it
 # make check-bounds  every bound against exact norms on 400 random networks
@@ -17,16 +18,25 @@ PIP_ARGS ?=
 NAME ?=
 STUDY ?= $(if $(NAME),studies/$(NAME).yaml)
 
+# These go into command lines: letters, digits and . _ - / alone, or nothing runs. `value` keeps make from
+# expanding what was given; `without` is a text less all the words of a list.
+LEGAL := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
+LEGAL += 0 1 2 3 4 5 6 7 8 9 . _ - /
+without = $(if $2,$(call without,$(subst $(firstword $2),,$1),$(wordlist 2,$(words $2),$2)),$1)
+$(foreach v,NAME CORES GPUS,$(if $(call without,$(value $v),$(LEGAL)),$(error $v is not a plain name: give letters, digits and . _ - /, nothing else)))
+$(if $(call without,$(if $(findstring file,$(origin STUDY)),,$(value STUDY)),$(LEGAL)),$(error STUDY is not a plain path: give letters, digits and . _ - /, nothing else))
+
 BIN := .venv/bin
-SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --resources gpu=$(GPUS) --nolock --rerun-incomplete --keep-going --quiet rules host reason
+SNAKEMAKE := $(BIN)/snakemake -s workflow/Snakefile --cores $(CORES) --resources gpu=$(GPUS) --nolock --rerun-incomplete \
+  --keep-going --quiet rules host reason
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-PROGRESS := 2>&1 | $(BIN)/python -m utils.notebooks progress
 STEM = $(basename $(notdir $(STUDY)))
 REPORT = data/runs/_study_$(STEM)/notebooks
 QUICKSTART := studies/quickstart.yaml
+TESTS := --doctest-modules utils workflow/*.py tests -n 2 --dist loadfile
 
-.PHONY: help reproduce test check-bounds study report ladder coverage check-batches notebook html paper clean
+.PHONY: help reproduce check test static check-bounds study report ladder coverage check-batches notebook html paper clean
 
 help:
 	@sed -n '1,/^$$/s/^# *//p;/^PYTHON/q' Makefile
@@ -39,9 +49,9 @@ help:
 	@touch $@
 
 reproduce: .venv/.installed
-	@$(SNAKEMAKE) --config study=$(QUICKSTART) $(PROGRESS)
-	@$(BIN)/python -m utils.notebooks merge $(QUICKSTART)
-	@$(BIN)/python -m utils.runs $(QUICKSTART)
+	@$(SNAKEMAKE) --config study=$(QUICKSTART)
+	@$(BIN)/python -m workflow merge $(QUICKSTART)
+	@$(BIN)/python -m workflow summary $(QUICKSTART)
 
 report: .venv/.installed
 	@test -n "$(STUDY)" || { echo "No study given: type make report NAME=quickstart, or STUDY=PATH.yaml." >&2; exit 1; }
@@ -49,41 +59,54 @@ report: .venv/.installed
 	@copy=$(REPORT)/.07_study_report.$$$$.ipynb; trap 'rm -f "$$copy"' EXIT; \
 	  PYTHONHASHSEED=0 $(BIN)/papermill notebooks/07_study_report.ipynb "$$copy" \
 	  -p study $(STEM) -y "runs: []" --cwd . --no-progress-bar && \
-	  $(BIN)/python -m utils.notebooks normalise "$$copy" $(REPORT)/07_study_report.ipynb
-	@$(BIN)/python -m utils.runs $(STUDY)
+	  $(BIN)/python -m workflow normalise "$$copy" $(REPORT)/07_study_report.ipynb
+	@$(BIN)/python -m workflow summary $(STUDY)
 
 study: .venv/.installed
 	@test -n "$(STUDY)" || { echo "No study given: type make study NAME=quickstart, or STUDY=PATH.yaml." >&2; exit 1; }
-	@$(SNAKEMAKE) --config study=$(STUDY) $(PROGRESS)
-	@$(BIN)/python -m utils.runs $(STUDY)
+	@$(SNAKEMAKE) --config study=$(STUDY)
+	@$(BIN)/python -m workflow summary $(STUDY)
 
-test: .venv/.installed
+static: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/mypy
+
+check: static
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+test: static
+	$(BIN)/python -m pytest $(TESTS)
 
 check-bounds: .venv/.installed
-	$(BIN)/python tests/check_bounds.py
+	$(BIN)/python -m workflow.experiments.bounds
 
 ladder: .venv/.installed
 	@$(SNAKEMAKE) --config study=studies/digits_ladder.yaml --until notebook_02
-	$(BIN)/python tests/check_ladder.py
+	$(BIN)/python -m workflow.experiments.ladder
+	$(BIN)/python -m utils.report.ladder
 
 coverage: .venv/.installed
-	$(BIN)/python tests/check_coverage.py
+	$(BIN)/python -m workflow.experiments.coverage
 
 check-batches: .venv/.installed
-	$(BIN)/python tests/check_batches.py
+	$(BIN)/python -m workflow.experiments.batches
 
 notebook: .venv/.installed
 	$(BIN)/jupyter lab notebooks
 
+# The pages' links to other notebooks lead to pages.
 html: .venv/.installed
-	$(BIN)/python -m utils.notebooks html site
+	@for folder in notebooks notebooks/rendered/*; do \
+	  $(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir "site/$${folder#notebooks}" $$folder/*.ipynb || exit 1; \
+	done
+	@find site -name '*.html' -exec sed -i -E 's|href="([^":/]+)\.ipynb"|href="\1.html"|g' {} +
+	@echo "Open site/01_data_preparation.html in a browser."
 
 paper:
 	@command -v latexmk > /dev/null || { echo "latexmk is missing: install TeX Live with latexmk (Debian: texlive-latex-extra latexmk)." >&2; exit 1; }
 	cd paper && latexmk -pdf -interaction=nonstopmode -halt-on-error -outdir=build main.tex
 
 clean:
-	rm -rf .pytest_cache .ruff_cache .hypothesis paper/build utils/__pycache__ tests/__pycache__
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis paper/build
+	find utils workflow tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from utils.figures import ROLES, band, reference_slope, sample_strip, save_figure, use_theme
+from utils.figures import ROLES, band, example_strip, reference_slope, save_figure, use_theme
 
 
 @pytest.fixture
@@ -41,7 +41,9 @@ def test_same_data_give_the_same_bytes(folder):
     data, files = table(), [f"curve{suffix}" for suffix in (".pdf", ".png", ".csv")]
     path = save_figure(draw(data), "quickstart", "curve", data)
     assert path.as_posix() == "figures/quickstart/curve.png" and path.is_file()
-    assert sorted(p.name for p in path.parent.iterdir()) == sorted(files)  # no temporary file is left
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted(
+        files
+    )  # no temporary file is left
     first = {name: (path.parent / name).read_bytes() for name in files}
     plt.close("all")
     save_figure(draw(data), "quickstart", "curve", data)
@@ -76,7 +78,9 @@ def test_what_was_there_survives_a_failure(folder):
 
 
 def test_roles_and_helpers(folder):
-    assert len({(style["color"], style["linestyle"]) for style in ROLES.values()}) == len(ROLES)
+    assert len({style["color"] for style in ROLES.values()}) == len(
+        ROLES
+    )  # one colour, one meaning
     _, ax = plt.subplots()
     reference_slope(ax, [2, 8, 32], 5.0, -1.0)
     x, y = ax.lines[0].get_data()
@@ -87,7 +91,7 @@ def test_roles_and_helpers(folder):
     assert matplotlib.colors.to_hex(shade.get_facecolor()[0]).upper() == ROLES["bound"]["color"]
 
 
-def test_sample_strip(folder):
+def test_example_strip(folder):
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([3, 1, 4])
     parts = {
@@ -96,7 +100,7 @@ def test_sample_strip(folder):
         "vectors": (torch.rand(3, 7, generator=generator), labels),
         "constant": (torch.zeros(3, 1, 4, 4), labels),
     }
-    figure = sample_strip(parts, columns=5)
+    figure = example_strip(parts, columns=5)
     axes = np.array(figure.axes).reshape(4, 5)
     assert [ax.get_title() for ax in axes[0]] == ["3", "1", "4", "", ""]
     assert [row[0].get_ylabel() for row in axes] == list(parts)

@@ -1,4 +1,5 @@
-"""The paper's labels, references and citations fit together, and the code cites only labels that exist.
+"""The paper's labels, references and citations fit together, and the code cites only labels that
+exist.
 
 Reads the LaTeX sources as text, so no LaTeX installation is needed.
 """
@@ -23,17 +24,22 @@ PREFIX = {
     "remark": "rem",
 }
 # Labels as docstrings and notebooks cite them; the lookbehind keeps out f"{eq:...}" and x[eq:n].
-CITED_IN_CODE = re.compile(r"(?<![\w{\[:])((?:thm|prop|lem|cor|eq|rem|def):[a-z][a-z0-9-]*[a-z0-9])")
+CITED_IN_CODE = re.compile(
+    r"(?<![\w{\[:])((?:thm|prop|lem|cor|eq|rem|def):[a-z][a-z0-9-]*[a-z0-9])"
+)
 LABEL = re.compile(r"\\label\{([^}]+)\}")
 REFERENCE = re.compile(r"\\(?:ref|eqref|[cC]ref|autoref)\{([^}]+)\}")
 CITATION = re.compile(r"\\cite[a-z]*(?:\[[^\]]*\])*\{([^}]+)\}")
 BIB_ENTRY = re.compile(r"^@\w+\{([^,\s]+),", re.MULTILINE)
 COMMENT = re.compile(r"(?<!\\)%.*")
-STATEMENT = re.compile(r"\\begin\{(" + "|".join(PREFIX) + r")\}(?:\[[^\]]*\])?\s*(?:\\label\{([^}]+)\})?")
+STATEMENT = re.compile(
+    r"\\begin\{(" + "|".join(PREFIX) + r")\}(?:\[[^\]]*\])?\s*(?:\\label\{([^}]+)\})?"
+)
 
 
 def tex() -> str:
-    """All LaTeX sources of the paper, comments removed (generated tables included, the build folder not)."""
+    """All LaTeX sources of the paper, comments removed (generated tables included, the build folder
+    not)."""
     files = sorted(p for p in PAPER.rglob("*.tex") if "build" not in p.relative_to(PAPER).parts)
     return "\n".join(COMMENT.sub("", p.read_text(encoding="utf-8")) for p in files)
 
@@ -44,11 +50,17 @@ def keys(pattern: re.Pattern, text: str) -> set[str]:
 
 
 def code_texts() -> dict[str, str]:
-    """Text that may cite labels: modules of utils, and the cells (not the outputs) of the notebooks."""
-    texts = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in (ROOT / "utils").rglob("*.py")}
+    """Text that may cite labels: modules of utils, and the cells (not the outputs) of the
+    notebooks."""
+    texts = {
+        p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
+        for p in (ROOT / "utils").rglob("*.py")
+    }
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        texts[path.relative_to(ROOT).as_posix()] = "\n".join("".join(cell["source"]) for cell in cells)
+        texts[path.relative_to(ROOT).as_posix()] = "\n".join(
+            "".join(cell["source"]) for cell in cells
+        )
     return texts
 
 
@@ -72,25 +84,38 @@ def test_citations_and_bibliography_agree():
     entries = BIB_ENTRY.findall((PAPER / "references.bib").read_text(encoding="utf-8"))
     assert len(entries) == len(set(entries)), "a key stands twice in references.bib"
     cited = keys(CITATION, tex())
-    assert cited == set(entries), f"cited without entry: {cited - set(entries)}; never cited: {set(entries) - cited}"
+    assert cited == set(entries), (
+        f"cited without entry: {cited - set(entries)}; never cited: {set(entries) - cited}"
+    )
 
 
 def test_statements_are_labelled():
     statements = STATEMENT.findall(tex())
-    assert len(statements) == len(re.findall(r"\\begin\{(?:" + "|".join(PREFIX) + r")\}", tex())) > 0
+    assert (
+        len(statements) == len(re.findall(r"\\begin\{(?:" + "|".join(PREFIX) + r")\}", tex())) > 0
+    )
     wrong = [(env, label) for env, label in statements if not label.startswith(PREFIX[env] + ":")]
-    assert not wrong, f"statements without a label right after \\begin, or with another prefix: {wrong}"
+    assert not wrong, (
+        f"statements without a label right after \\begin, or with another prefix: {wrong}"
+    )
 
 
 def test_inputs_exist():
-    missing = [n for n in re.findall(r"\\input\{([^}]+)\}", tex()) if not (PAPER / n).with_suffix(".tex").exists()]
+    missing = [
+        n
+        for n in re.findall(r"\\input\{([^}]+)\}", tex())
+        if not (PAPER / n).with_suffix(".tex").exists()
+    ]
     assert not missing, f"\\input of files that are not there: {missing}"
 
 
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("Source: (thm:one-step-ball, eq:one-step-ball-a).", ["thm:one-step-ball", "eq:one-step-ball-a"]),
+        (
+            "Source: (thm:one-step-ball, eq:one-step-ball-a).",
+            ["thm:one-step-ball", "eq:one-step-ball-a"],
+        ),
         ("`prop:rate`; lem:softmax.", ["prop:rate", "lem:softmax"]),
         ('f"{eq:.3g} {eq:width}" x[eq:stop]', []),
     ],

@@ -1,89 +1,172 @@
-"""One look for every figure: theme, fixed roles, and a byte-stable way to save."""
+"""One look for every figure: theme, a style for every role, and a byte-stable way to save."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from torch import Tensor
 
-from utils.runs import atomic
+from utils.run.files import atomic
 
-# a role keeps its colour, line and marker in every figure of the repository
+# Name of a role -> how it is drawn, in every figure of the repository. One colour has one meaning;
+# a figure asks for its roles by name, never by their order.
 ROLES = {
     "measured": {"color": "#0173B2", "linestyle": "-", "marker": "o", "markersize": 3.5},
     "bound": {"color": "#D55E00", "linestyle": "--"},
     "tighter": {"color": "#029E73", "linestyle": ":", "linewidth": 2.0},
     "reference": {"color": "0.6", "linestyle": "-", "linewidth": 0.8},
     "control": {"color": "0.45", "linestyle": "-.", "marker": "s", "markersize": 3.0},
+    # the parts of a data set
+    "training": {"color": "#56B4E9", "linestyle": "-"},
+    "calibration": {"color": "#CC78BC", "linestyle": "-"},
+    "held-out": {"color": "#8C613C", "linestyle": "-"},
+    # the ladder of bounds on a Hessian norm, darker as it gets tighter
+    "closed form": {"color": "#EE9B70", "linestyle": "--", "marker": "v", "markersize": 4.0},
+    "activations": {"color": "#E66B5C", "linestyle": "--", "marker": "<", "markersize": 4.0},
+    "tangents": {"color": "#C93D66", "linestyle": "--", "marker": ">", "markersize": 4.0},
+    "majorant": {"color": "#8F2F6F", "linestyle": "--", "marker": "^", "markersize": 4.0},
+    "certified": {"color": "#4B2362", "linestyle": "--", "marker": "D", "markersize": 3.5},
+    "one step": {"color": "#DE8F05", "linestyle": "-.", "marker": "o", "markersize": 3.0},
 }
+
+THEME = {
+    "figure.figsize": (7.0, 3.8),
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "axes.titlesize": 11,
+    "axes.labelsize": 10.5,
+    "legend.fontsize": 9,
+    "legend.title_fontsize": 9,
+    "legend.frameon": False,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "svg.hashsalt": "loss-surface",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
+
+# without the time and the version of matplotlib, which would change the bytes
+METADATA = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
 
 
 def use_theme() -> None:
-    """seaborn's notebook context on a white grid, sizes that read at GitHub's column width; tables show whole cells."""
+    """Set seaborn's notebook context on a white grid, in sizes that read at GitHub's column width.
+
+    Tables show whole cells.
+
+    Example:
+        >>> use_theme()
+        >>> plt.rcParams["savefig.dpi"]
+        150.0
+    """
     pd.set_option("display.max_colwidth", None)
-    sns.set_theme(
-        context="notebook",
-        style="ticks",
-        rc={
-            "figure.figsize": (7.0, 3.8),
-            "figure.dpi": 100,
-            "savefig.dpi": 150,
-            "axes.grid": True,
-            "grid.color": "0.92",
-            "axes.titlesize": 11,
-            "axes.labelsize": 10.5,
-            "legend.fontsize": 9,
-            "legend.title_fontsize": 9,
-            "legend.frameon": False,
-            "xtick.labelsize": 9.5,
-            "ytick.labelsize": 9.5,
-            "svg.hashsalt": "loss-surface",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "figure.constrained_layout.use": True,
-        },
-    )
+    sns.set_theme(context="notebook", style="ticks", rc=THEME)
 
 
-def band(ax, x, low, high, role: str = "measured") -> None:
-    """The interval of a line, in the colour of its role."""
+def band(ax: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, role: str = "measured") -> None:
+    """Shade the interval of a line in the colour of its role.
+
+    Args:
+        ax: where to draw.
+        x: places (n,).
+        low: lower ends (n,).
+        high: upper ends (n,).
+        role: a name in ROLES.
+
+    Example:
+        >>> ax = plt.figure().subplots()
+        >>> band(ax, [1, 2], [0.9, 1.8], [1.1, 2.2], role="bound")
+        >>> len(ax.collections)
+        1
+    """
     ax.fill_between(x, low, high, color=ROLES[role]["color"], alpha=0.18, linewidth=0)
 
 
-def reference_slope(ax, x, y0: float, slope: float, label: str | None = None) -> None:
-    """A thin grey power law through (x[0], y0)."""
-    x = pd.Series(x, dtype=float).to_numpy()
+def reference_slope(
+    ax: Axes, x: ArrayLike, y0: float, slope: float, label: str | None = None
+) -> None:
+    """Draw a thin grey power law.
+
+    Args:
+        ax: where to draw, with two logarithmic scales.
+        x: places (n,), positive.
+        y0: its value at x[0].
+        slope: its exponent.
+        label: for the legend.
+
+    Example:
+        >>> ax = plt.figure().subplots()
+        >>> reference_slope(ax, [2, 8], y0=5.0, slope=-1.0)
+        >>> ax.lines[0].get_ydata().tolist()
+        [5.0, 1.25]
+    """
+    x = np.asarray(x, dtype=float)
     ax.plot(x, y0 * (x / x[0]) ** slope, label=label, **ROLES["reference"])
 
 
-def save_figure(figure, study: str, name: str, data: pd.DataFrame) -> Path:
-    """Write figures/<study>/<name>.pdf, .png and .csv (what is plotted); unchanged data give unchanged bytes."""
+def save_figure(figure: Figure, study: str, name: str, data: pd.DataFrame) -> Path:
+    """Write a figure and what is plotted in it; unchanged data give unchanged bytes.
+
+    Args:
+        figure: what to save.
+        study: name of the study, a folder of figures/.
+        name: of the files, without an ending.
+        data: the numbers in the figure, one row a point.
+
+    Returns:
+        The path of figures/<study>/<name>.png; .pdf and .csv lie beside it.
+
+    Raises:
+        OSError: the folder cannot be written; files that were there are kept whole.
+
+    Example:
+        >>> import contextlib, tempfile
+        >>> with contextlib.chdir(tempfile.mkdtemp()):
+        ...     path = save_figure(plt.figure(), "demo", "empty", pd.DataFrame({"k": [1]}))
+        ...     sorted(file.name for file in path.parent.iterdir())
+        ['empty.csv', 'empty.pdf', 'empty.png']
+    """
     folder = Path("figures") / study
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
-        with atomic(folder / f"{name}{suffix}") as temporary:
-            figure.savefig(temporary, format=suffix[1:], metadata=metadata, bbox_inches="tight")
+    for kind, metadata in METADATA.items():
+        with atomic(folder / f"{name}.{kind}") as temporary:
+            figure.savefig(temporary, format=kind, metadata=metadata, bbox_inches="tight")
     with atomic(folder / f"{name}.csv") as temporary:
         data.to_csv(temporary, index=False)
     return folder / f"{name}.png"
 
 
-def sample_strip(parts: dict, columns: int = 10):
-    """The first samples of each part, a row a part: `parts` maps its name to (x (n, ...), y (n,)).
+def example_strip(parts: Mapping[str, tuple[Tensor, Tensor]], columns: int = 10) -> Figure:
+    """Show the first examples of each part, a row a part, with their labels.
 
-    Images (n, 1 or 3, S, S') are shown as they are, other inputs as one line of values.
+    Args:
+        parts: name of a part -> (x (n, ...), y (n,)). Images (n, 1 or 3, S, S') are shown as they
+            are, other inputs as one line of values.
+        columns: examples in a row.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(3, 1, 4, 4)
+        >>> figure = example_strip({"training": (x, torch.arange(3))}, columns=3)
+        >>> [ax.get_title() for ax in figure.axes]
+        ['0', '1', '2']
     """
-    figure, axes = plt.subplots(len(parts), columns, figsize=(0.85 * columns, 1.15 * len(parts)), squeeze=False)
+    size = (0.85 * columns, 1.15 * len(parts))
+    figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False)
     for row, (name, (x, y)) in zip(axes, parts.items(), strict=True):
-        for ax, sample, label in zip(row, x[:columns], y[:columns], strict=False):
-            if sample.ndim == 3 and sample.shape[0] in (1, 3):
-                picture = sample.permute(1, 2, 0).double().numpy()
-                low, high = picture.min(), picture.max()
-                ax.imshow((picture - low) / max(high - low, 1e-12), cmap="gray_r" if sample.shape[0] == 1 else None)
-            else:
-                ax.plot(sample.reshape(-1).numpy(), color=ROLES["measured"]["color"], linewidth=0.7)
+        for ax, example, label in zip(row, x[:columns], y[:columns], strict=False):
+            _draw_example(ax, example)
             ax.set_title(str(int(label)), fontsize=8, pad=2)
         for ax in row:
             ax.set(xticks=[], yticks=[])
@@ -92,7 +175,27 @@ def sample_strip(parts: dict, columns: int = 10):
     return figure
 
 
-def show(figure) -> None:
-    """Show a figure once, under the cell that made it."""
+def show(figure: Figure) -> None:
+    """Show a figure once, under the cell that made it.
+
+    Args:
+        figure: what to show; it is closed afterwards.
+
+    Example:
+        >>> show(plt.figure())  # doctest: +SKIP
+    """
     plt.show()
     plt.close(figure)
+
+
+def _draw_example(ax: Axes, example: Tensor) -> None:
+    is_image = example.ndim == 3 and example.shape[0] in (1, 3)
+    if not is_image:
+        values = example.reshape(-1).numpy()
+        ax.plot(values, color=ROLES["measured"]["color"], linewidth=0.7)
+        return
+    picture = example.permute(1, 2, 0).double().numpy()  # (S, S', channels)
+    low = picture.min()
+    contrast = max(picture.max() - low, 1e-12)
+    colours = "gray_r" if example.shape[0] == 1 else None
+    ax.imshow((picture - low) / contrast, cmap=colours)

@@ -1,4 +1,5 @@
-"""The rung majorant: the absolute forms of all nodes together, their largest eigenvalue by products.
+"""The rung majorant: the absolute forms of all nodes together, their largest eigenvalue by
+products.
 
 No products of norms: tangents and adjoints are exact, only the signs of the nodes' second-order
 forms are lost. Source: Theorem (thm:majorant), Theorem (thm:lanczos) for positive semidefinite

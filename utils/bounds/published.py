@@ -19,6 +19,7 @@ def closing_the_curvature_gap(
     for the norm of the softmax's Jacobian, which holds for uniform attention only. Counterexample:
     Remark (rem:published).
 
+    >>> import torch
     >>> one = torch.ones(1, 1, dtype=torch.float64)
     >>> closing_the_curvature_gap(one, one, one, one, 0 * one)
     72.0
@@ -45,6 +46,7 @@ def unraveling_the_hessian(weights: list[Tensor], x: Tensor) -> Tensor:
     It leaves the functional part out and has a factor ||W|| too many, so that it falls to 0 with
     the weights while the norm does not. Counterexample: Remark (rem:published).
 
+    >>> import torch
     >>> unraveling_the_hessian([torch.zeros(2, 3)], torch.ones(1, 3))
     tensor([0.])
     """

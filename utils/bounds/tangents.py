@@ -1,10 +1,11 @@
 """The rung tangents: the second-order form of every node, with its tangents measured exactly.
 
-Theorem (thm:adjoint) splits an example's Hessian, H = J^T S J + sum over nodes z of X_z'^T M_z X_z',
-exactly: M_z is the matrix of < lam_z, D^2 phi_z > and X_z' the map from the weights to the inputs of
-z. With R^T R = |M_z| the walk back of the rows R measures ||R X_z'|| for each group of weights, and
-J^T S J follows exactly from one backward pass for each class. Here every walk is one example's,
-with its leading axis free for rows: (k, *shape) are k linear forms of a value (1, *shape).
+Theorem (thm:adjoint) splits an example's Hessian, H = J^T S J + sum over nodes z of X_z'^T M_z
+X_z', exactly: M_z is the matrix of < lam_z, D^2 phi_z > and X_z' the map from the weights to the
+inputs of z. With R^T R = |M_z| the walk back of the rows R measures ||R X_z'|| for each group of
+weights, and J^T S J follows exactly from one backward pass for each class. Here every walk is one
+example's, with its leading axis free for rows: (k, *shape) are k linear forms of a value (1,
+*shape).
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from utils.calculus.nodes.known import Known, Situation
 from utils.calculus.nodes.loss import LOSS_NODES
 from utils.models import logits
 
-# LayerNorm, softmax, attention rows, activations: what nodes do to a tangent, not how large they are
+# LayerNorm, softmax, attention rows, activations: what nodes do to a tangent, not how large they
+# are
 SLOPES = ("first", "second", "own", "mixed", "softmax1", "softmax2", "A", "columns", "act1", "act2")
 
 

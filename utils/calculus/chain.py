@@ -2,8 +2,7 @@
 a walk over.
 
 >>> import torch
->>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3,
-2)).eval()
+>>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
 >>> [step.place for step in read_chain(model, torch.randn(5, 4)).steps]
 ['linear of 0', 'tanh of 1', 'linear of 2']
 """
@@ -25,7 +24,7 @@ from utils.calculus.trace import trace
 MOST = 64  # chains kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain:
     """A network as steps from its input to its output, both named.
 

@@ -130,7 +130,8 @@ def softmax_first(s: Tensor) -> Tensor:
     The eigenvalue is the root in (s_2, s_1), the largest two entries, of
     s_1/(s_1 - t) = sum_{i>1} s_i/(t - s_i): the secular equation, divided by t with the help of
     sum s = 1, so that nothing cancels in a saturated row. Bisection keeps the upper end: never
-    below the eigenvalue, 1e-12 above it at most (relative). Source: Lemma 1 (lem:softmax), part (i).
+    below the eigenvalue, 1e-12 above it at most (relative). Source: Lemma 1 (lem:softmax), part
+    (i).
 
     >>> round(softmax_first(torch.tensor([0.5, 0.5, 0.0])).item(), 6)
     0.5

@@ -82,7 +82,7 @@ class Lowering:
             self.add(self.kinds[name](node), node.all_input_nodes, node, node)
         elif name in OPERATORS and OPERATORS[name](self, node):
             pass
-        elif isinstance(node.target, Composite) or name in FUNCTIONS:
+        elif isinstance(node.target, Composite) or name in FUNCTIONS | {"div"}:
             elementwise_of(self, node)
         else:
             operator_of(self, node)

@@ -166,7 +166,7 @@ class Tape:
         tangents = self.tangents(direction)
         forms = self.majorants() if part == "majorant" else self.forms()
         start: Named = {}
-        if part != "functional" and forms["loss"] is not None:
+        if part != "functional" and forms.get("loss") is not None:
             top = forms["loss"]((tangents.get(self.chain.output),), None)[0]
             if top is not None:
                 start = {self.chain.output: top}

@@ -1,7 +1,8 @@
 """The networks of notebook 02: two of our own, or a user's, built, described and restored.
 
-`vit`, `mlp` the networks · `build`, `restore` from a specification, from files · `losses` · `contract` what a model
-has to satisfy · `training`, which uses the Hessian package and is imported as `utils.networks.training`.
+`vit`, `mlp`: the networks. `build`: from a specification. `restore`: from what a run has written.
+`losses`: of one example. `contract`: what a model has to satisfy. `training` uses the Hessian
+package and is imported as `utils.networks.training`.
 """
 
 from utils.networks.build import build_for_data, build_model

@@ -42,11 +42,12 @@ def build_model(kind: str, **sizes: int | float | str | bool) -> nn.Module:
 def build_for_data(spec: str, info: dict, **sizes: int | float | str | bool) -> nn.Module:
     """The model that the notebooks train, fresh.
 
-    spec   "vit", "mlp" or "PATH.py:function"; the user's function is called with a copy of `info`, takes no sizes
-           and returns an `nn.Module`
-    info   describes the data set (`Dataset.info`): its "input_shape" and "n_classes" complete `sizes`
+    spec   "vit", "mlp" or "PATH.py:function"; the user's function is called with a copy of `info`,
+           takes no sizes and returns an `nn.Module`
+    info   of the data set (`Dataset.info`): its "input_shape" and "n_classes" complete `sizes`
     sizes  of which each kind takes what it has; for "mlp" the width is `d_model`
-    Raises ValueError for another spec, for sizes that do not fit the data, and where PATH.py has no such function.
+    Raises ValueError for another spec, for sizes that do not fit the data, and where PATH.py has
+    no such function.
 
     >>> info = {"input_shape": [1, 4, 4], "n_classes": 3}
     >>> build_for_data("mlp", info, d_model=5, depth=1, n_heads=2).config.d_in
@@ -108,7 +109,7 @@ def _modules_named_utils() -> dict[str, ModuleType]:
 
 @contextmanager
 def _own_imports(folder: Path) -> Iterator[None]:
-    """Import from `folder` first, its own `utils`, if it has one, in place of ours; restored after."""
+    """Import from `folder` first, with its own `utils`, if it has one, in place of ours."""
     search_path = list(sys.path)
     has_utils = (folder / "utils").is_dir() or (folder / "utils.py").is_file()
     ours = _modules_named_utils() if has_utils else {}

@@ -1,4 +1,4 @@
-"""What a model has to satisfy so that the loss of an example is a twice differentiable function of its weights."""
+"""What a model has to satisfy: the loss of an example is a smooth function of the weights alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.networks.losses import logits
 
 @contextmanager
 def second_order_mode() -> Iterator[None]:
-    """Attention by its mathematical kernel, without fast paths: the fused ones have no second derivative.
+    """Attention by its mathematical kernel: the fused ones have no second derivative.
 
     >>> with second_order_mode():
     ...     torch.backends.mha.get_fastpath_enabled()
@@ -37,8 +37,9 @@ def prepared_copy(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """A copy of `model` in eval mode, in `dtype`, on `device` (default: where it is), all weights free to move.
+    """A copy of `model` in eval mode and in `dtype`, all its weights free to move.
 
+    device  of the copy; default: where the model is
     The model handed in keeps its `.grad`, modes and frozen weights.
 
     >>> prepared_copy(nn.Linear(2, 3)).weight.dtype
@@ -65,9 +66,8 @@ def refuse_random_or_batch_dependent(model: nn.Module, x: Tensor) -> None:
         again = logits(model, x[:2])
         alone = logits(model, x[:1])
     if together.ndim != 2:
-        raise ValueError(
-            f"The model returns shape {tuple(together.shape)}: it has to return logits (n, classes)."
-        )
+        shape = tuple(together.shape)
+        raise ValueError(f"The model returns shape {shape}: it has to return logits (n, classes).")
     if not together.isfinite().all():
         raise ValueError(
             "The model's output is not a finite number: look at its weights and at the inputs."

@@ -9,7 +9,7 @@ LOSSES = ("cross_entropy", "mse")
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
-    """The `model`'s output (n, K) for the inputs `x` (n, ...): a tensor, or an object with `.logits`.
+    """The `model`'s output (n, K) for inputs `x` (n, ...): a tensor, or an object's `.logits`.
 
     >>> logits(nn.Linear(2, 3), torch.zeros(5, 2)).shape
     torch.Size([5, 3])
@@ -21,7 +21,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 def loss_from_logits(f: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tensor:
     """Loss (n,) of each example, from the logits `f` (n, K) and the labels `y` (n,).
 
-    loss  "cross_entropy" [nat], or "mse", the mean over classes of the squared difference to one-hot
+    loss  "cross_entropy" [nat], or "mse", the mean square over classes of f - one-hot(y)
     Raises ValueError for another loss.
 
     >>> loss_from_logits(torch.zeros(1, 2), torch.tensor([1]))

@@ -14,7 +14,9 @@ from utils.networks.vit import ViT
 
 
 def describe(model: nn.Module, spec: str) -> dict:
-    """What `restore` needs beside the weights: the `spec` that built the `model`, and, for our own, its sizes.
+    """What `restore` needs beside the weights: the `spec` that built the `model`, and its sizes.
+
+    Sizes are known of our own networks; "config" is None for a user's.
 
     >>> model = build_model("mlp", d_in=8, width=5, depth=0, n_classes=3)
     >>> describe(model, "mlp")["config"]["width"]
@@ -27,7 +29,7 @@ def describe(model: nn.Module, spec: str) -> dict:
 def untrained(description: dict, info: dict) -> nn.Module:
     """A fresh network of the kind and sizes that `describe` wrote down.
 
-    info  the description of the data set (`Dataset.info`), which a user's own function is called with
+    info  of the data set (`Dataset.info`), which a user's own function is called with
 
     >>> description = describe(build_model("mlp", d_in=8, width=5, depth=0, n_classes=3), "mlp")
     >>> untrained(description, {}).config.width
@@ -39,9 +41,10 @@ def untrained(description: dict, info: dict) -> nn.Module:
 
 
 def restore(description: dict, state: dict[str, Tensor], info: dict) -> nn.Module:
-    """The trained network from the `description` that `describe` wrote and its tensors `state` by name.
+    """The trained network from the `description` that `describe` wrote and its weights.
 
-    info  the description of the data set (`Dataset.info`)
+    state  tensors by name, as `read_weights` gives them
+    info   of the data set (`Dataset.info`)
     Raises ValueError where the tensors do not fit.
 
     >>> model = build_model("mlp", d_in=8, width=5, depth=0, n_classes=3)

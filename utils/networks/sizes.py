@@ -1,4 +1,4 @@
-"""What the configurations of the networks have in common: the activations, and checks of sizes and choices."""
+"""What the configurations of the networks share: activations, checks of sizes and choices."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A vision transformer with explicit attention and without dropout.
 
-Symbols follow the paper: B images in a batch, N tokens, d width, H heads, d_h = d/H, d_ff width of a block's MLP,
-K classes.
+Symbols follow the paper: B images in a batch, N tokens, d width, H heads, d_h = d/H, d_ff width of
+a block's MLP, K classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class ViTConfig:
     patch_size  side p of a patch [pixels], a divisor of S
     n_classes   K, the number of logits
     depth       blocks, 0 or more
-    n_heads     H, a divisor of `d_model`, the width d of a token; `d_ff` is the width of a block's MLP
+    n_heads     H, a divisor of d_model
+    d_model     d, the width of a token
+    d_ff        width of the MLP in a block
     norm        place of LayerNorm in a block, "pre" or "post"
     activation  "gelu", "gelu_tanh" or "relu"
     pool        what the head reads: the "cls" token, or the "mean" of the tokens
@@ -60,9 +62,9 @@ class ViTConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention W_O [A_1 V_1 | ... | A_H V_H] + b_O, A_h = softmax(Q_h K_h^T / sqrt(d_h)).
+    """Multi-head self-attention W_O [A_1 V_1 | ... | A_H V_H] + b_O.
 
-    Source: Vaswani et al. (2017), section 3.2.
+    A_h = softmax(Q_h K_h^T / sqrt(d_h)). Source: Vaswani et al. (2017), section 3.2.
     """
 
     def __init__(self, d_model: int, n_heads: int):
@@ -126,10 +128,11 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer: images (B, C, S, S) -> logits (B, K).
 
-    h0 = [cls ; W_E patch + b_E] + pos, `depth` blocks, pooling, a final LayerNorm (pre-norm only), the head.
-    Without a CLS token (`pool="mean"`) the tokens are averaged before the final LayerNorm. Positions start at the
-    scale of the patches (standard deviation 0.5): a small network that stays near its initial weights would hardly
-    use them otherwise. The initial weights are draws from torch's global generator.
+    h0 = [cls ; W_E patch + b_E] + pos, `depth` blocks, pooling, a final LayerNorm (pre-norm only),
+    the head. Without a CLS token (`pool="mean"`) tokens are averaged before the final LayerNorm.
+    Positions start at the scale of the patches (standard deviation 0.5): a small network that stays
+    near its initial weights would hardly use them otherwise. The initial weights are drawn from
+    torch's global generator.
     Source: Dosovitskiy et al. (2021), section 3.1; the paper's section "Setting".
 
     >>> config = ViTConfig(image_size=4, channels=1, patch_size=2, n_classes=3,

@@ -1,0 +1,91 @@
+"""Whether a chain is the network it was read off: the same outputs on a batch, and symmetric
+Hessians."""
+
+from __future__ import annotations
+
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from utils.calculus.chain import Chain
+from utils.calculus.tape import Tape
+from utils.calculus.trace import Untraceable
+
+
+def check_chain(tape: Tape, output: Tensor) -> None:
+    """Check a chain by a few examples: their outputs, and once for each chain a symmetric Hessian.
+
+    tape: of the examples, one direction each. output: what the network itself gives for them
+    (n, ...). Raises Untraceable.
+    """
+    check_outputs(tape, output)
+    if tape.chain in _symmetric:
+        return
+    if not symmetric(tape):
+        raise Untraceable("The traced network's Hessian is not symmetric: a derivative is wrong.")
+    _symmetric.add(tape.chain)
+
+
+_symmetric: WeakSet[Chain] = WeakSet()
+
+
+def check_outputs(tape: Tape, output: Tensor) -> None:
+    """Raise Untraceable unless the chain computes the outputs (n, ...) that the network gives for
+    the tape's batch.
+
+    A chain is traced for one example: batch statistics, and all else that couples the examples of a
+    batch, show here and nowhere else. Where the network names a narrower type (`chain.casts`), its
+    own outputs have that accuracy.
+    """
+    chain = tape.chain
+    ours = tape.values[chain.output]
+    ours = ours.expand(len(output), *ours.shape[1:]).reshape(output.shape)
+    narrow = bool(chain.casts) or output.dtype != torch.float64
+    error = (ours - output).abs().max()
+    scale = output.abs().max().clamp_min(1e-30)
+    if not error <= (1e-4 if narrow else 1e-8) * scale:
+        raise Untraceable(
+            f"Traced for one example the network gives another output than for a batch (relative "
+            f"difference {float(error / scale):.1e}): its examples are not independent."
+        )
+
+
+def asymmetry(tape: Tape, seed: int = 0) -> float:
+    """max_i |w.h_i u - u.h_i w| / (|w| |h_i u| + |u| |h_i w|) for random u, w: a wrong derivative
+    rarely stays symmetric.
+
+    tape: of a batch, one direction an example (sums=False). seed: of the two directions. Cost: two
+    products.
+    """
+    like = next(iter(tape.adjoints.values()))
+    generator = torch.Generator().manual_seed(seed)
+    n = len(tape.losses)
+
+    def direction() -> dict[str, Tensor]:
+        shapes = {name: tape.values[name].shape[1:] for name in tape.moving}
+        drawn = {
+            k: torch.randn(n, *s, generator=generator, dtype=torch.float64)
+            for k, s in shapes.items()
+        }
+        return {name: t.to(like) for name, t in drawn.items()}
+
+    def flat(tensors: dict[str, Tensor | None]) -> Tensor:
+        parts = [torch.zeros_like(u[name]) if t is None else t for name, t in tensors.items()]
+        return torch.cat([part.reshape(n, -1) for part in parts], 1)
+
+    u = direction()
+    w = direction()
+    hu = flat(tape.product(u))
+    hw = flat(tape.product(w))
+    u, w = flat(u), flat(w)
+    size = w.norm(dim=1) * hu.norm(dim=1) + u.norm(dim=1) * hw.norm(dim=1)
+    difference = ((w * hu).sum(1) - (u * hw).sum(1)).abs()
+    return (difference / size.clamp_min(torch.finfo(size.dtype).tiny)).max().item()
+
+
+def symmetric(tape: Tape) -> bool:
+    """Whether the probe of `asymmetry` finds no more than rounding, which is small beside what a
+    wrong node does."""
+    single = tape.losses.dtype == torch.float32
+    return asymmetry(tape) <= (1e-3 if single else 1e-8)

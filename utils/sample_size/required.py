@@ -1,0 +1,68 @@
+"""One question about sample size, for who has only one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from utils.sample_size.answer import SampleSize
+from utils.sample_size.measurement import CRITERIA, pilot
+
+
+def required_samples(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    tolerance: float,
+    radius: float = 0.0,
+    confidence: float = 0.95,
+    criterion: str = "surface",
+    fitted_on: Tensor | None = None,
+    loss: str = "cross_entropy",
+    *,
+    kurtosis: float = 20.0,
+    ceiling: float | None = None,
+    n_probes: int = 8,
+    seed: int = 0,
+    rung: str | None = None,
+    remainder: float = 0.0,
+    gap: float = 0.0,
+    **options,
+) -> SampleSize:
+    """How many examples until more change the loss surface around the model by less than tau?
+
+    One question of a `pilot`, for who has only one. model, x, y, fitted_on, loss, kurtosis,
+    n_probes, seed, options: see there. tolerance: tau > 0, in units of the loss. radius: of the
+    neighbourhood or the ball, Euclidean, absolute. confidence: 1 - delta. criterion: "surface",
+    "ball", "excess", "next" or "step", see the head of `pilot`. ceiling: `Pilot.surface`.
+    rung, remainder: `Pilot.ball` and `Pilot.excess`, rung also `Pilot.step`. gap: `Pilot.excess`.
+    Raises ValueError for an unknown criterion and for values out of range.
+
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(400, 2), torch.arange(400) % 3
+    >>> print(required_samples(torch.nn.Linear(2, 3), x, y, tolerance=5.0).sentence[:6])
+    enough
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion is {criterion!r}: choose one of {', '.join(CRITERIA)}.")
+    measured = pilot(
+        model,
+        x,
+        y,
+        radius=radius,
+        ball=radius,
+        fitted_on=fitted_on,
+        loss=loss,
+        kurtosis=kurtosis,
+        n_probes=n_probes,
+        seed=seed,
+        **options,
+    )
+    curved = {"rung": rung, "remainder": remainder}
+    more: dict[str, dict] = {
+        "surface": {"ceiling": ceiling},
+        "ball": curved,
+        "excess": curved | {"gap": gap},
+        "step": {"radius": radius, "rung": rung},
+    }
+    return getattr(measured, criterion)(tolerance, confidence, **more.get(criterion, {}))
