@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from small import bilinear_norm, by_name, flat_weights, images, norm2, small_vit
+from bounded import bilinear_norm, by_name, flat_weights, images, norm2, small_vit
 from torch.func import functional_call, jacfwd
 
 from utils.bounds import hessian_bounds, loss_upper_bound, measured_norms

@@ -6,9 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from small import (
+from bounded import (
     NETWORKS,
     columns,
     exact_hessian,
@@ -19,7 +17,9 @@ from small import (
     small_mlp,
     small_vit,
 )
-from small import by_name as named
+from bounded import by_name as named
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from utils import curvature

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small import bilinear_norm, norm2
+from bounded import bilinear_norm, norm2
 from torch.func import grad, jacfwd, vmap
 
 from utils.calculus import lemmas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import NETWORKS, chain_values, columns, flat_weights, images, norm2
+from bounded import NETWORKS, chain_values, columns, flat_weights, images, norm2
 from torch.func import jacfwd
 
 from utils import curvature
