@@ -13,7 +13,7 @@ from torch.func import functional_call, jacfwd
 from utils.bounds import hessian_bounds, loss_upper_bound, measured_norms
 from utils.bounds.closed_form import closed_form
 from utils.calculus.jets import Jet
-from utils.models import ACTIVATIONS
+from utils.networks.sizes import ACTIVATIONS
 
 SLACK = 1 + 1e-9
 

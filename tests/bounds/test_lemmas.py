@@ -14,7 +14,7 @@ from utils.calculus import lemmas
 from utils.calculus.jets import Jet
 from utils.calculus.nodes import elementwise
 from utils.calculus.nodes.elementwise import SLOPES
-from utils.models import ACTIVATIONS
+from utils.networks.sizes import ACTIVATIONS
 
 SLACK = 1 + 1e-9
 FUNCTIONS = (
