@@ -37,7 +37,6 @@ TINY = {
     "steps": 5,
     "n_bounds": 6,
     "n_dense": 1,
-    "products": 4,
     "n_orders": 100,
     "n_steps": 2,
     "radii": [1e-4, 1e-2],

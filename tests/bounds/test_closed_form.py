@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from small import bilinear_norm, by_name, flat_weights, images, norm2, small_vit
+from bounded import bilinear_norm, by_name, flat_weights, images, norm2, small_vit
 from torch.func import functional_call, jacfwd
 
 from utils.bounds import hessian_bounds, loss_upper_bound, measured_norms
 from utils.bounds.closed_form import closed_form
 from utils.calculus.jets import Jet
-from utils.models import ACTIVATIONS
+from utils.networks.sizes import ACTIVATIONS
 
 SLACK = 1 + 1e-9
 

@@ -6,9 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from small import (
+from bounded import (
     NETWORKS,
     columns,
     exact_hessian,
@@ -19,10 +17,12 @@ from small import (
     small_mlp,
     small_vit,
 )
-from small import by_name as named
+from bounded import by_name as named
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from utils import curvature
+from utils.hessian import per_sample_gradients
 from utils.bounds import (
     RUNGS,
     closing_the_curvature_gap,
@@ -30,7 +30,8 @@ from utils.bounds import (
     loss_upper_bound,
     unraveling_the_hessian,
 )
-from utils.models import ACTIVATIONS, loss_from_logits
+from utils.networks.losses import loss_from_logits
+from utils.networks.sizes import ACTIVATIONS
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=8, database=None)
 SLACK = 1 + 1e-9
@@ -107,7 +108,7 @@ def test_transformers_on_the_ball(
     x, y = images(seed, 1)
     generator = torch.Generator().manual_seed(seed)
     w = flat_weights(model)
-    gradient = curvature.per_sample_gradients(model, x, y, loss)[0]
+    gradient = per_sample_gradients(model, x, y, loss)[0]
     steps = [torch.randn(len(w), generator=generator, dtype=torch.float64), gradient]
     for step in steps:
         step = radius * step / step.norm().clamp_min(1e-30)

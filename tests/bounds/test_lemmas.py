@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from small import bilinear_norm, norm2
+from bounded import bilinear_norm, norm2
 from torch.func import grad, jacfwd, vmap
 
 from utils.calculus import lemmas
 from utils.calculus.jets import Jet
 from utils.calculus.nodes import elementwise
 from utils.calculus.nodes.elementwise import SLOPES
-from utils.models import ACTIVATIONS
+from utils.networks.sizes import ACTIVATIONS
 
 SLACK = 1 + 1e-9
 FUNCTIONS = (

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from small import exact_norms, images, randomised
+from bounded import exact_norms, images, randomised
 from torch import nn
 
 from utils.bounds import RUNGS, hessian_bounds

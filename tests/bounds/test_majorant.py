@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import NETWORKS, exact_hessian, exact_norms, images, small_mlp, small_vit
+from bounded import NETWORKS, exact_hessian, exact_norms, images, small_mlp, small_vit
 from torch import nn
 
 from utils.bounds import hessian_bounds

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from small import exact_hessian, exact_norms, images, randomised
+from bounded import exact_hessian, exact_norms, images, randomised
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 

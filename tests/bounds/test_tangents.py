@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import NETWORKS, chain_values, columns, flat_weights, images, norm2
+from bounded import NETWORKS, chain_values, columns, flat_weights, images, norm2
 from torch.func import jacfwd
 
-from utils import curvature
 from utils.bounds.subject import subject
 from utils.bounds.tangents import Walk
 from utils.calculus.nodes.base import Node
+from utils.hessian.derivatives import dense_hessian
 
 F64 = torch.float64
 
@@ -84,9 +84,7 @@ def test_rows_walked_back(name):
             torch.testing.assert_close(measured, expected, rtol=1e-9, atol=1e-11)
         whole, blocks = walk.gauss_newton()
         B = walk.functional()
-    G, F = (
-        curvature.dense_hessian(model, x, y, part=part) for part in ("gauss_newton", "functional")
-    )
+    G, F = (dense_hessian(model, x, y, part=part) for part in ("gauss_newton", "functional"))
     assert whole.item() == pytest.approx(norm2(G), rel=1e-9)
     expected = torch.tensor([[norm2(G[a][:, b]) for b in index] for a in index], dtype=F64)
     torch.testing.assert_close(blocks, expected, rtol=1e-7, atol=1e-9 * norm2(G))

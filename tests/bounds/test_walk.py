@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from small import (
+from bounded import (
     NETWORKS,
     bilinear_norm,
     chain_values,

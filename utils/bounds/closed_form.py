@@ -27,7 +27,8 @@ from utils.calculus.lemmas import (
     with_ones,
 )
 from utils.calculus.nodes.elementwise import SLOPES
-from utils.models import ViT, prepared_copy
+from utils.networks import ViT
+from utils.networks.contract import prepared_copy
 
 
 def check(

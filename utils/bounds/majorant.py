@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from utils import curvature
 from utils.bounds.subject import ROUNDING, Subject
 from utils.calculus.tape import Named, Tape
+from utils.hessian.lanczos import lanczos, lanczos_epsilon
 
 MEMORY = 2**31  # of the working arrays [bytes]
 ACTIVATIONS = 6  # arrays for each value during a walk
@@ -48,13 +48,11 @@ def majorant(
         operator = Majorants(of, rows)
         start = uniform(first.P, seed).to(of.x.device).expand(len(rows), -1)
         operator.balance(start, rounds)
-        ritz = curvature.lanczos(
-            operator, start, max_steps=max_steps, done=lambda ritz, j: ritz.exhausted
-        )
+        ritz = lanczos(operator, start, max_steps=max_steps, done=lambda ritz, j: ritz.exhausted)
         parts.append((operator.unscaled(ritz.high), ritz.steps, ritz.exhausted))
     high, steps, exhausted = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     worst = min(2 * failure, 0.999)
-    gaps = {q: curvature.lanczos_epsilon(q, first.P, worst) for q in set(steps.tolist())}
+    gaps = {q: lanczos_epsilon(q, first.P, worst) for q in set(steps.tolist())}
     gap = torch.tensor([gaps[q] for q in steps.tolist()], dtype=torch.float64)
     certified = torch.where(gap < 0.5, high / (1 - gap), torch.inf)
     return {"lower": high, "M": torch.where(exhausted, high, certified) * ROUNDING, "steps": steps}

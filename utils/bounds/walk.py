@@ -16,7 +16,7 @@ from utils.bounds.subject import ROUNDING, Subject, group_of, subject
 from utils.calculus.jets import Jet
 from utils.calculus.nodes.known import Known, Situation
 from utils.calculus.nodes.loss import LOSS_NODES
-from utils.models import logits
+from utils.networks.losses import logits
 
 # LayerNorm, softmax, attention rows, activations: what nodes do to a tangent, not how large they
 # are

@@ -117,15 +117,11 @@ class BoundComparison(Parameters):
         "closed_form",
         "prior",
         "activations",
-        "adjoint",
-        "blocks",
         "tangents",
         "majorant",
-        "deflated",
     )
     n_bounds: Count
     n_dense: Count
-    products: Count
     sweeps: choices("depth", "width", "heads", "tokens", "scale", empty=True)
     confidence: Fraction
     device: Device

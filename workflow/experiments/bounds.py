@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from utils import bounds
@@ -54,22 +55,48 @@ def draw(generator: np.random.Generator) -> tuple[dict, dict]:
     return sizes, about | {"subset": SUBSETS[int(generator.integers(len(SUBSETS)))]}
 
 
+class Tokens(nn.Module):
+    """A network of the library, whose tokens are the rows of an image: nn.MultiheadAttention with a
+    causal mask, or nn.TransformerEncoder."""
+
+    def __init__(self, sizes: dict):
+        super().__init__()
+        d, heads = sizes["d_model"], sizes["n_heads"]
+        self.embed = nn.Linear(4, d)
+        self.head = nn.Linear(d, sizes["n_classes"])
+        self.masked = sizes["pool"] == "cls"
+        if self.masked:
+            self.mix = nn.MultiheadAttention(d, heads, batch_first=True)
+            self.register_buffer("mask", torch.ones(4, 4).triu(1).bool())
+            return
+        function = "relu" if sizes["activation"] == "relu" else "gelu"
+        layer = nn.TransformerEncoderLayer(
+            d, heads, sizes["d_ff"], 0.0, function, sizes["eps"], True, sizes["norm"] == "pre"
+        )
+        self.mix = nn.TransformerEncoder(layer, sizes["depth"], enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x[:, 0])
+        if not self.masked:
+            return self.head(self.mix(h).mean(1))
+        return self.head(self.mix(h, h, h, attn_mask=self.mask, need_weights=False)[0].mean(1))
+
+
 def case(number: int) -> list[dict]:
     """The rows (rung, depth, ratio of bound to exact norm) of one random network on two random
-    samples."""
+    samples; every fourth network is one of the library."""
     generator = np.random.default_rng([2025, number])
     sizes, about = draw(generator)
     torch.manual_seed(number)
-    model = build_model("vit", **sizes).double()
+    library = number % 4 == 3
+    model = Tokens(sizes).double().eval() if library else build_model("vit", **sizes).double()
+    if library and about["subset"]:
+        about["subset"] = ["head.*"]
     with torch.no_grad():
         for name, p in model.named_parameters():
             gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            p.copy_(
-                gain
-                + about["scale"]
-                * torch.randn_like(p)
-                / math.sqrt(p.shape[-1] if p.ndim == 2 else 1)
-            )
+            scale = about["scale"] / math.sqrt(p.shape[-1] if p.ndim == 2 else 1)
+            p.copy_(gain + scale * torch.randn_like(p))
     x = 2 * torch.randn(2, 1, 4, 4, dtype=torch.float64)
     y = torch.randint(sizes["n_classes"], (2,))
     losses, rows = Losses(model, x, y, about["loss"], parameters=about["subset"]), []

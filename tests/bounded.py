@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from utils.models import build_model, logits, second_order_mode
+from utils.networks import build_model
+from utils.networks.contract import second_order_mode
+from utils.networks.losses import logits
 
 F64 = torch.float64
 
