@@ -10,8 +10,9 @@ from utils.calculus.nodes import elementwise
 from utils.calculus.nodes.base import Node, Unknown
 from utils.calculus.nodes.elementwise import Elementwise
 from utils.calculus.nodes.general import LinearOperator, Operator
+from utils.calculus.nodes.linear import Linear
 from utils.calculus.nodes.loss import CrossEntropy, SquaredError
-from utils.calculus.nodes.products import Linear, Matmul, Product
+from utils.calculus.nodes.products import Matmul, Product
 from utils.calculus.nodes.rows import Normalisation, Softmax
 from utils.calculus.nodes.shape import (
     Combination,

@@ -2,7 +2,7 @@
 
 base         what a kind has to know
 linear maps  shape
-products     linear layers, matrix products, gains and gates
+bilinear     what linear layers and products share; linear, products: matrix products, gains, gates
 attention    scores, softmax and mixing as one map, for the bounds
 rows         softmax, normalisations
 elementwise  activations and any other function entry by entry

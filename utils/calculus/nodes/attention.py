@@ -27,7 +27,8 @@ from utils.calculus.lemmas import (
     spectral,
 )
 from utils.calculus.nodes.known import Known, Situation
-from utils.calculus.nodes.products import Linear, Matmul
+from utils.calculus.nodes.linear import Linear
+from utils.calculus.nodes.products import Matmul
 from utils.calculus.nodes.rows import Softmax
 from utils.calculus.nodes.shape import Combination, Expand, Mask, Permute, Reshape, Select
 
