@@ -17,6 +17,7 @@ from utils.hessian.lanczos import lanczos, lanczos_epsilon
 
 MEMORY = 2**31  # of the working arrays [bytes]
 ACTIVATIONS = 6  # arrays for each value during a walk
+SHARE = 0.1  # of a random direction in those that the couplings are balanced along
 MOST = 64  # examples at a time: their vectors stay near the caches of a CPU
 
 
@@ -117,7 +118,8 @@ class Majorants:
     @torch.no_grad()
     def balance(self, start: Tensor, rounds: int) -> None:
         """Weigh the couplings: the order of magnitude along `start` (m, P), in which everything
-        moves, then steps of descent at the leading eigenvector, which the gradient is near."""
+        moves, then steps of descent at the leading eigenvector, which the gradient is near. A share
+        of `start` stays in, so that no coupling is weighed by rounding errors alone."""
         everyone = self.here
         self.tape.balance(self.tensors(normed(start)), whole=True)
         gradient = self.vectors(self.tape.gradient(), len(start))
@@ -127,7 +129,7 @@ class Majorants:
             v = self(v, everyone)
             size = v.abs().amax(1)
             self.exponent -= torch.where(size > 0, torch.frexp(size).exponent, 0)
-            v = normed(v)
+            v = normed(normed(v) + SHARE * normed(start))
         self.sigma = dict(self.tape.sigma)
 
 
