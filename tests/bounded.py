@@ -72,7 +72,8 @@ class Output(nn.Module):
 def exact_hessian(
     model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy", step: dict | None = None
 ) -> Tensor:
-    """The dense Hessian (P, P) of one example's loss by double backward, weights moved by `step`."""
+    """The dense Hessian (P, P) of one example's loss by double backward, weights moved by
+    `step`."""
     names = [name for name, _ in model.named_parameters()]
     point = tuple(
         (p.detach() + (0 if step is None else step[name])).requires_grad_()

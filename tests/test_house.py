@@ -10,16 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = ["run", "data", "networks", "calculus", "hessian", "bounds", "surface", "sample_size"]
 ORDER += ["report"]
 EXCEPT = dict.fromkeys(["utils.networks.training", "utils.networks.polishing"], "hessian")
-    "utils.networks.training": "hessian",
-    "utils.networks.polishing": "hessian",
-}  # stands in the order where this folder does
 MOST_NAMES = 10
-# Modules of the first edition, and shims at their places: not held to the rules. Empty it when
-# they are gone.
-OLD = {
-    *("bounds", "calculus", "comparison", "convergence", "curvature", "data", "figures", "forms"),
-    *("models", "notebooks", "params", "pyhessian_adapter", "runs", "sample_size", "training"),
-}
 
 
 def tree_of(path: Path) -> ast.Module:
@@ -30,14 +21,8 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def is_old(path: Path) -> bool:
-    """A file of the first edition: utils/NAME.py, tests/test_NAME.py or tests/check_NAME.py."""
-    name = path.stem.removeprefix("test_").removeprefix("check_")
-    return name in OLD and path.parent in (ROOT / "utils", ROOT / "tests")
-
-
-UTILS = [path for path in sorted((ROOT / "utils").rglob("*.py")) if not is_old(path)]
-TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if not is_old(path)]
+UTILS = [path for path in sorted((ROOT / "utils").rglob("*.py"))]
+TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py"))]
 WORKFLOW = sorted((ROOT / "workflow").rglob("*.py"))
 FOLDERS = [path.parent for path in UTILS if path.name == "__init__.py"]
 FOLDERS.remove(ROOT / "utils")

@@ -1,5 +1,5 @@
-"""The closed form: every constant against the joint derivatives that it bounds, and once more by the
-rules of jets."""
+"""The closed form: every constant against the joint derivatives that it bounds, and once more by
+the rules of jets."""
 
 from __future__ import annotations
 
@@ -107,10 +107,11 @@ def test_constants_of_the_closed_form(activation, seed, scale):
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_closed_form_follows_from_the_jet_rules(pool):
-    """Each constant again by the rules of Jet, with X and the sublayer's own weights as one joint variable.
+    """Each constant again by the rules of Jet, with X and the sublayer's own weights as one joint
+    variable.
 
-    Orthogonal parts of the variable add in squares where a linear map adds its own weights: [X 1] [W b]^T has
-    first derivative sqrt(W^2 a^2 + |[X 1]|^2) and second W B + a.
+    Orthogonal parts of the variable add in squares where a linear map adds its own weights: [X 1]
+    [W b]^T has first derivative sqrt(W^2 a^2 + |[X 1]|^2) and second W B + a.
     """
     model = small_vit(1, 1.3, d_model=6, n_heads=3, d_ff=5, depth=2, pool=pool)
     with (

@@ -22,7 +22,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from utils.hessian import per_sample_gradients
 from utils.bounds import (
     RUNGS,
     closing_the_curvature_gap,
@@ -30,6 +29,7 @@ from utils.bounds import (
     loss_upper_bound,
     unraveling_the_hessian,
 )
+from utils.hessian import per_sample_gradients
 from utils.networks.losses import loss_from_logits
 from utils.networks.sizes import ACTIVATIONS
 
@@ -57,7 +57,8 @@ CASES += [(name, "mse") for name in ("post mean gelu", "mlp", "heads with a mask
 
 @pytest.mark.parametrize("name, loss", CASES)
 def test_every_rung_above_the_exact_norm(name, loss):
-    """Values, blocks and subsets against dense Hessians by double backward; prior >= activations."""
+    """Values, blocks and subsets against dense Hessians by double backward; prior >=
+    activations."""
     model = NETWORKS[name]()
     x, y = images(len(name), 1)
     H = exact_hessian(model, x[0], y[0], loss)
@@ -206,7 +207,7 @@ def test_loss_upper_bound():
         model.head.weight.zero_()
         model.head.bias.zero_()
     assert loss_upper_bound(model) == pytest.approx(math.log(3))
-    with pytest.raises(ValueError, match=r"utils.models.ViT"):
+    with pytest.raises(ValueError, match=r"utils.networks.ViT"):
         loss_upper_bound(small_mlp(0))
 
 

@@ -45,7 +45,8 @@ def test_softmax_constants():
     assert float(lemmas.softmax_first(row)) == pytest.approx(e * float(limit[-1]), rel=1e-10)
     assert float(lemmas.softmax_first(torch.tensor([[1.0, 0, 0]]).double())) == 0.0
     assert float(lemmas.softmax_first(torch.ones(1, 1).double())) == 0.0
-    # second derivative: third central moments E(u - Eu)^3, |u| = 1, by ascent over the row and the direction
+    # second derivative: third central moments E(u - Eu)^3, |u| = 1, by ascent over the row and the
+    # direction
     z = torch.randn(60, 2, 4, generator=generator, dtype=torch.float64).requires_grad_()
     optimiser = torch.optim.Adam([z], lr=0.05)
     for step in range(120):
@@ -65,7 +66,8 @@ def test_softmax_constants():
 
 
 def layer_norm_form(d, eps):
-    """z = (x, u) -> |<D^2 n(x)[u, u], u>| for unit u, with sqrt(d) rho^2 and with sqrt(d) eps in front."""
+    """z = (x, u) -> |<D^2 n(x)[u, u], u>| for unit u, with sqrt(d) rho^2 and with sqrt(d) eps in
+    front."""
 
     def n(x):
         y = x - x.mean()
@@ -125,7 +127,8 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("case", CONSTANTS)
 def test_constants_by_ascent(case):
-    """Each constant of the lemmas by maximisation: never passed on the way, and reached within 1e-4."""
+    """Each constant of the lemmas by maximisation: never passed on the way, and reached within
+    1e-4."""
     form, size, constants = CONSTANTS[case]
     generator = torch.Generator().manual_seed(0)
     for k, constant in enumerate(constants):
@@ -197,7 +200,8 @@ def test_cross_entropy_norms():
 @pytest.mark.parametrize("d", [3, 5, 16])
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
 def test_layer_norm_constants(d, eps):
-    """D n and D^2 n by ascent over the input and the direction, against both constants, which are attained."""
+    """D n and D^2 n by ascent over the input and the direction, against both constants, which are
+    attained."""
     generator = torch.Generator().manual_seed(d)
     x = torch.randn(80, d, generator=generator, dtype=torch.float64)
     x = x * math.sqrt(eps) * torch.logspace(-2, 2, 80, dtype=torch.float64)[:, None]
@@ -270,7 +274,8 @@ def test_norms_of_a_normalisation_with_its_gain(seed, means):
 
 
 def test_jet_rules():
-    """x^2 y for groups x, y: first and second derivatives bounded, and equal where every rule is sharp."""
+    """x^2 y for groups x, y: first and second derivatives bounded, and equal where every rule is
+    sharp."""
     like = torch.zeros(1, 1, dtype=torch.float64)
     x, y = (Jet.parameter(g, 2, like) for g in (0, 1))
     value = {"x": 1.5, "y": 0.5}
@@ -283,7 +288,8 @@ def test_jet_rules():
 
 @pytest.mark.parametrize("d_h, N, size", [(2, 4, 1.0), (3, 5, 3.0), (1, 3, 0.3), (2, 6, 8.0)])
 def test_mixing_as_covariance(d_h, N, size):
-    """The partial derivatives of (Q, K, V) -> softmax(Q K^T / sqrt(d_h)) V against each bound and both kinds."""
+    """The partial derivatives of (Q, K, V) -> softmax(Q K^T / sqrt(d_h)) V against each bound and
+    both kinds."""
     generator, sharp = torch.Generator().manual_seed(N), []
     H = 2
     for _ in range(6):
@@ -366,7 +372,8 @@ def test_the_product_of_two_maps_past_a_function():
 
 
 def test_spectral_norm_of_large_matrices(monkeypatch):
-    """At or just above the largest singular value, also where ARPACK's estimate is too low or there is none."""
+    """At or just above the largest singular value, also where ARPACK's estimate is too low or there
+    is none."""
     generator = torch.Generator().manual_seed(1)
     M = torch.randn(300, 420, generator=generator, dtype=torch.float64)
     Q = torch.linalg.qr(M.T).Q.T  # every singular value is 1

@@ -171,8 +171,8 @@ def test_the_ball_of_radius_zero_is_the_point(name):
 
 
 def test_attention_on_the_ball_leaves_saturation():
-    """Rows nearly one-hot, large keys and values: a small move of one query bias opens the rows, and
-    the attention's norms grow by orders of magnitude."""
+    """Rows nearly one-hot, large keys and values: a small move of one query bias opens the rows,
+    and the attention's norms grow by orders of magnitude."""
     model = small_vit(0, d_model=2, n_heads=1, pool="mean", eps=1e-3)
     attention = model.blocks[0].attention
     with torch.no_grad():

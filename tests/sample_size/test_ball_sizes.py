@@ -11,7 +11,7 @@ from utils.bounds import hessian_bounds
 from utils.hessian import Losses, per_sample_gradients
 from utils.sample_size import k_surface, pilot, required_samples
 from utils.sample_size.ball import ball_forecast, curvature_moments, gradient_moments, k_ball
-from utils.sample_size.probes import neighbourhood, probe_losses
+from utils.surface.probes import neighbourhood, probe_losses
 
 
 def test_ball_sizes_by_formula():

@@ -10,8 +10,8 @@ from refusal import refused
 from utils.hessian import Losses
 from utils.sample_size import CRITERIA, k_surface, pilot, required_samples
 from utils.sample_size.limits import bounded_upper, budget, inflation, least_pilot, spread_limits
-from utils.sample_size.probes import neighbourhood, probe_losses
 from utils.sample_size.surface import gaussian_factor
+from utils.surface.probes import neighbourhood, probe_losses
 
 
 def test_surface_answer_by_formula():

@@ -16,8 +16,8 @@ from refusal import refused
 from utils.bounds import hessian_bounds, loss_upper_bound
 from utils.hessian import Losses, per_sample_gradients
 from utils.sample_size import pilot, required_samples
-from utils.sample_size.probes import neighbourhood, probe_losses
 from utils.sample_size.step import gradient_distance, k_step, next_step, worst_range
+from utils.surface.probes import neighbourhood, probe_losses
 
 FRACTIONS = st.integers(-1000, 1000).map(lambda i: i / 64)
 NUMBERS = st.one_of(FRACTIONS, st.sampled_from([0.0, 1.0, -1.0]))
@@ -136,7 +136,10 @@ def test_step_verdicts_and_ceiling():
     ):
         assert found.verdict == "cannot tell" and found.upper == found.terms["ceiling"] == math.inf
         assert found.k < math.inf
-    refused(lambda: required_samples(Summed(), u, v, 1.0, radius=0.1, criterion="step"), "exp of the network")
+    refused(
+        lambda: required_samples(Summed(), u, v, 1.0, radius=0.1, criterion="step"),
+        "exp of the network",
+    )
 
 
 def test_upper_end_of_the_step_holds_for_samples_not_in_the_pilot():

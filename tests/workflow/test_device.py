@@ -25,6 +25,7 @@ from utils.run.parameters import ModelTraining
 from utils.run.start import begin
 from utils.surface import difference_on_ball, spreads
 from utils.surface.neighbourhood import top_eigenspace
+from utils.surface.probes import neighbourhood, probe_losses
 from workflow.trial import TINY, papermill, table, tree
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -70,8 +71,8 @@ def numbers(device: str) -> dict[str, np.ndarray]:
     found["spreads"] = list(vars(spreads(losses, 4)).values())
     for b in difference_on_ball(losses, [5], range(5), [1e-3], basis=eigen.vectors.abs(), steps=2):
         found["ball"] = [b.measured, b.value, b.gradient, b.curvature]
-    probes = sample_size.neighbourhood(losses.w, 0.1, 3)
-    found["probes"] = sample_size.probe_losses(losses, probes)
+    probes = neighbourhood(losses.w, 0.1, 3)
+    found["probes"] = probe_losses(losses, probes)
     for criterion in ("surface", "ball", "next", "step"):
         k = sample_size.required_samples(network, x, y, 0.5, 1e-3, 0.9, criterion)
         found[f"k {criterion}"] = [k.k, k.lower, k.upper]

@@ -23,5 +23,3 @@ __all__ = [
     "measured_norms",
     "unraveling_the_hessian",
 ]
-
-hessian_norm_bounds = hessian_bounds  # its old name

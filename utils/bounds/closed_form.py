@@ -271,7 +271,7 @@ def loss_upper_bound(model: nn.Module, radius: float = 0.0) -> float:
     """
     if type(model) is not ViT:
         raise ValueError(
-            f"The bound of the loss knows only utils.models.ViT, not this {type(model).__name__}: "
+            f"The bound of the loss knows only utils.networks.ViT, not {type(model).__name__}: "
             "give the ceiling of the loss yourself."
         )
     if not 0 <= radius < math.inf:

@@ -62,12 +62,14 @@ class Tape:
         self.saved: dict[str, object] = {}
         self.wanted: dict[str, tuple[int, ...]] = {}
         self.sigma: Named = {}
+        self.leaves = frozenset(self.moving)
+        self._gradient: dict[str, Tensor | None] | None = None
         self._forms: dict[str, Form | None] | None = None
         self._majorants: dict[str, Form | None] | None = None
         self._forward(next(iter(point.values())).dtype)
         self.losses = self.values["loss"]
         ones = torch.ones_like(self.losses) if weights is None else weights
-        self.adjoints = self._back({"loss": ones}, self.steps)
+        self.adjoints = self._adjoints(ones)
 
     def _constants(self, point: Named, x: Tensor) -> Named:
         like = next(iter(point.values()))
@@ -97,6 +99,23 @@ class Tape:
     def _want(self, name: str) -> int:
         return 2 if self.sums and self.values[name].shape[0] == 1 else 1
 
+    def _adjoints(self, start: Tensor) -> Named:
+        """dl/dz of every value that depends on moving weights; of the weights only in
+        `gradient`."""
+        found = {"loss": start}
+        for step in reversed(self.active):
+            lam = found.get(step.output)
+            wanted = self._parts(step, leaves=False)
+            if lam is not None and any(wanted):
+                parts = step.node.adjoint(self.saved[step.output], lam, wanted)
+                self._collect(found, step, parts, wanted)
+        return found
+
+    def _parts(self, step: Step, leaves: bool) -> tuple[int, ...]:
+        """The wanted inputs of a step that are moving weights themselves, or those that are not."""
+        pairs = zip(step.inputs, self.wanted[step.output], strict=True)
+        return tuple(want if (name in self.leaves) == leaves else 0 for name, want in pairs)
+
     def _back(
         self,
         found: Named,
@@ -110,14 +129,18 @@ class Tape:
             wanted = self.wanted.get(step.output)
             if wanted is None:
                 continue
-            lam = found.get(step.output)
-            if lam is not None:
-                parts = step.node.adjoint(self.saved[step.output], lam, wanted)
-                self._collect(found, step, parts, wanted)
+            mu = found.get(step.output)
             form = None if forms is None else forms.get(step.output)
             if form is not None:
                 dz = tuple(tangents.get(name) for name in step.inputs)
-                parts = form(dz, tangents.get(step.output))
+                after = getattr(form, "after", None)  # the form and the adjoint in one pass
+                both = after(mu, dz) if after is not None and mu is not None else None
+                if both is not None:
+                    self._collect(found, step, both, wanted)
+                    continue
+                self._collect(found, step, form(dz, tangents.get(step.output)), wanted)
+            if mu is not None:
+                parts = step.node.adjoint(self.saved[step.output], mu, wanted)
                 self._collect(found, step, parts, wanted)
         return found
 
@@ -132,7 +155,16 @@ class Tape:
     def gradient(self) -> dict[str, Tensor | None]:
         """Gradients by parameter, (n, ...) or summed (...); None where a parameter has no
         influence."""
-        return self._by_parameter(self.adjoints)
+        if self._gradient is None:
+            found: Named = {}
+            for step in self.active:
+                lam = self.adjoints.get(step.output)
+                wanted = self._parts(step, leaves=True)
+                if lam is not None and any(wanted):
+                    parts = step.node.adjoint(self.saved[step.output], lam, wanted)
+                    self._collect(found, step, parts, wanted)
+            self._gradient = self._by_parameter(found)
+        return self._gradient
 
     def _by_parameter(self, found: Named) -> dict[str, Tensor | None]:
         parts = {name: found.get(name) for name in self.moving}

@@ -192,7 +192,9 @@ def _ritz(alpha: Tensor, beta: Tensor, exhausted: Tensor) -> Ritz:
 
 def power_of_two(z: Tensor) -> Tensor | None:
     """Powers of two (m,) near the rows' largest entries where squares would leave the range."""
-    largest = torch.linalg.vector_norm(z, torch.inf, dim=1)
+    if in_range(z.norm(dim=1)):
+        return None
+    largest = z.abs().amax(1)
     exponent = torch.frexp(largest).exponent
     limit = -math.frexp(torch.finfo(z.dtype).tiny)[1]
     far = exponent.abs() > limit // 4
@@ -202,12 +204,21 @@ def power_of_two(z: Tensor) -> Tensor | None:
     return torch.ldexp(torch.ones_like(largest), exponent)
 
 
+def in_range(length: Tensor) -> bool:
+    """Whether the squares of all numbers that make up these lengths (m,) are normal numbers."""
+    least = torch.finfo(length.dtype).tiny ** 0.25
+    return bool(((length > least) & (length < 1 / least)).all())
+
+
 def normalise(V: Tensor, out: Tensor | None = None) -> Tensor:
     """The rows of V (m, P) at length 1, into `out` if given; rows of zeros stay.
 
     >>> normalise(torch.tensor([[3e-200, 4e-200], [0.0, 0.0]], dtype=torch.float64)).tolist()
     [[0.6, 0.8], [0.0, 0.0]]
     """
+    length = V.norm(dim=1, keepdim=True)
+    if in_range(length):
+        return torch.div(V, length, out=out)
     unit = power_of_two(V)
     V = V if unit is None else V / unit[:, None]
     length = V.norm(dim=1, keepdim=True)

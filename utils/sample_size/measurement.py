@@ -29,9 +29,9 @@ from utils.hessian import Losses
 from utils.sample_size.answer import SampleSize, drift
 from utils.sample_size.ball import Moments, ball_forecast, curvature_moments, gradient_moments
 from utils.sample_size.limits import pair_moments
-from utils.sample_size.probes import neighbourhood, probe_losses
 from utils.sample_size.step import gradient_distance, next_forecast, step_forecast, worst_range
 from utils.sample_size.surface import surface_forecast
+from utils.surface.probes import neighbourhood, probe_losses
 
 CRITERIA = ("surface", "ball", "excess", "next", "step")
 POPULATION = "population statement: the pilot did not fit the weights"

@@ -114,7 +114,8 @@ def largest_norm_on_ball(model: nn.Module, x: Tensor, y: Tensor, loss: str, radi
         inf where the rung overflows or does not know the network.
 
     >>> import torch
-    >>> x, y = torch.eye(2), torch.tensor([0, 1])  # Hessian of the mean square: x1 x1^T, x1 = (x, 1)
+    >>> x, y = torch.eye(2), torch.tensor([0, 1])  # Hessian of the mean square: x1 x1^T, x1 = (x,
+    1)
     >>> round(largest_norm_on_ball(torch.nn.Linear(2, 2), x, y, "mse", 0.1), 6)
     2.0
     """

@@ -19,8 +19,9 @@ from torch import nn
 from tqdm import tqdm
 
 from utils import bounds
-from utils.curvature import Losses, SampleHessians
-from utils.models import build_model
+from utils.hessian import Losses
+from utils.hessian.losses import SampleHessians
+from utils.networks import build_model
 from utils.run.files import atomic
 from utils.run.layout import RESULTS
 

@@ -34,8 +34,12 @@ from utils import sample_size as ss
 from utils.data import synthetic_draw
 from utils.hessian import Losses
 from utils.networks.training import train
+from utils.report.over_runs import share_interval
 from utils.run.files import atomic
 from utils.run.layout import RESULTS
+from utils.sample_size.limits import pair_moments
+from utils.sample_size.rivals import FAMILIES
+from utils.surface.probes import neighbourhood, probe_losses
 from workflow.experiments.heads import Heads, a_priori
 from workflow.experiments.populations import (
     CONFIDENCE,
@@ -84,7 +88,7 @@ def forecast_rows(
     rows.append(interval_row("plug-in", None, k, truth))
     for rule in ("one step", "doubling"):
         rows.append(interval_row(rule, None, [r[rule] for r in rivals], truth))
-    for family in ss.FAMILIES:
+    for family in FAMILIES:
         sizes = np.array([r[family] for r in rivals])  # (pilots, targets)
         rows.append(interval_row(family, None, sizes[:, 0], truth))
         raw.append((about["dataset"], len(rows) - 1, family, sizes))
@@ -101,9 +105,9 @@ def fixed(pilots: int, names: list[str]) -> pd.DataFrame:
             losses = Losses(model, pool_x, pool_y)
             for fraction, tolerance in QUESTIONS:
                 radius = fraction * losses.w.norm().item()
-                values = ss.probe_losses(losses, ss.neighbourhood(losses.w, radius, 4))
+                values = probe_losses(losses, neighbourhood(losses.w, radius, 4))
                 truth = ss.true_size(values, tolerance, CONFIDENCE)
-                mean, square = ss.pair_moments(values.T / math.sqrt(len(values)))
+                mean, square = pair_moments(values.T / math.sqrt(len(values)))
                 about = {"dataset": name, "model": kind, "parameters": losses.P, "radius": fraction}
                 about |= {"tolerance": tolerance, "pool": losses.n, "kurtosis": square / mean**2}
                 for size in (PILOT, LARGER):
@@ -158,7 +162,7 @@ def refit(pilots: int, names: list[str]) -> pd.DataFrame:
                 rest = order[200:]
                 losses = Losses(model, x[rest], y[rest])
                 radius = 0.03 * losses.w.norm().item()
-                values = ss.probe_losses(losses, ss.neighbourhood(losses.w, radius, 4, seed))
+                values = probe_losses(losses, neighbourhood(losses.w, radius, 4, seed))
                 pilot = values[:, generator.integers(len(rest), size=PILOT)]
                 found = ss.surface_forecast(pilot, 0.1, CONFIDENCE, seed=seed)
                 low, high = [*low, found["lower"]], [*high, found["upper"]]
@@ -187,7 +191,7 @@ def retrain(pilots: int) -> pd.DataFrame:
                 heads.centre, heads.pilot.x, heads.pilot.y, acceptable, **asked
             )
             hits, worst_gap = heads.meets(min(found.upper, MOST), acceptable, pilots, 1000)
-            low, high = ss.clopper_pearson(hits, pilots)
+            low, high = share_interval(hits, pilots)
             least, fails, keeps = heads.least(acceptable, pilots, found.upper)
             about = {
                 "model": kind,

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import torch
 
-from utils import sample_size as ss
 from utils.data import synthetic_draw
 from utils.hessian import Losses
 from utils.networks.training import train
+from utils.report.over_runs import share_interval
+from utils.sample_size.ball import k_ball
 from utils.surface.retraining import projected_descent
 from workflow.experiments.populations import CONFIDENCE, PILOT, network
 
@@ -92,7 +93,7 @@ class Heads:
         while sizes[-1] < most and [m == pilots for m in met[-4:]] != [True] * 4:
             met.append(self.meets(sizes[-1], acceptable, pilots, 5000 + sizes[-1])[0])
             sizes.append(math.ceil(1.5 * sizes[-1]))
-        ends = [ss.clopper_pearson(m, pilots) for m in met]
+        ends = [share_interval(m, pilots) for m in met]
         last_miss, last_fail, last_doubt = (
             max([-1, *(i for i, missed in enumerate(kind) if missed)])
             for kind in (
@@ -120,4 +121,4 @@ def a_priori(heads: Heads, tolerance: float) -> float:
     size = torch.linalg.matrix_norm(torch.cat([head.weight, head.bias[:, None]], 1), 2).item()
     loss = math.log(len(head.bias)) + math.sqrt(2 * squared) * size
     B = loss / 2 + heads.radius * math.sqrt(2 * squared) + heads.radius**2 / 2 * squared / 2
-    return ss.k_ball(B, tolerance, CONFIDENCE)
+    return k_ball(B, tolerance, CONFIDENCE)

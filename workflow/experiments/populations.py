@@ -7,9 +7,9 @@ import math
 import numpy as np
 import torch
 
-from utils import sample_size as ss
 from utils.data import load_dataset, synthetic_draw
 from utils.networks import build_model
+from utils.report.over_runs import share_interval
 
 CONFIDENCE = 0.9
 PILOT, LARGER = 400, 1600  # samples of a pilot
@@ -62,7 +62,7 @@ def interval_row(rule: str, low, high, truth, promised: float | None = None) -> 
     )
     hits, off = int(held[told].sum()), np.log10(high[told]) - np.log10(k[told])
     share_low, share_high = (
-        ss.clopper_pearson(hits, int(told.sum())) if told.any() else (math.nan, math.nan)
+        share_interval(hits, int(told.sum())) if told.any() else (math.nan, math.nan)
     )
     row = {
         "rule": rule,

@@ -63,6 +63,11 @@ class Linear(Bilinear):
             lam = lam.flatten(0, 1)[None]
         return x.mT @ lam if self.turned else lam.mT @ x
 
+    def second_order(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form | None:
+        if not (wanted[0] and wanted[1]):
+            return None
+        return LinearForm(self, saved, lam, wanted)
+
     def halves(self, lam: Tensor) -> Form:
         U, S, Vh = torch.linalg.svd(lam.flatten(1, -2), full_matrices=False)  # tokens by outputs
         S = S[..., None]
@@ -133,3 +138,38 @@ class Linear(Bilinear):
         rest = source.jet.smooth(slope, weight * x.notes["act2"] * first**2)
         own = sum(known.jet.a.sum(0) for known in (W, W_1, *bias, *bias_1))
         return jet.least(rest, own.nonzero()[:, 0].tolist())
+
+
+class LinearForm:
+    """The second-order form (lam W', lam^T X', 0) of a linear layer.
+
+    Its parts in the weights are the largest arrays of a walk: `after` adds them to D phi^T mu in
+    the same pass.
+    """
+
+    def __init__(self, node: Linear, saved: tuple, lam: Tensor, wanted: tuple[int, ...]):
+        self.node = node
+        self.saved = saved
+        self.lam = lam
+        self.wanted = wanted
+        self.rows = lam.flatten(1, -2)
+
+    def __call__(self, dz: Parts, dout: Tensor | None) -> Parts:
+        x = None if dz[1] is None else self.node.left(self.lam, dz[1])
+        y = None if dz[0] is None else self.node.right(self.lam, dz[0], self.wanted[1] == 2)
+        return (x, y, *(None,) * (len(self.wanted) - 2))
+
+    def after(self, mu: Tensor, dz: Parts) -> Parts | None:
+        """D phi^T mu and the form together; None where they do not have the same rows."""
+        alike = all(t is not None and len(t) == len(mu) == len(self.lam) for t in dz[:2])
+        if not alike or self.wanted[1] == 2 or len(mu) == 1:
+            return None
+        turned = self.node.turned
+        parts = list(self.node.adjoint(self.saved, mu, self.wanted))
+        moved = dz[1].mT if turned else dz[1]
+        x = torch.baddbmm(parts[0].flatten(1, -2), self.rows, moved)
+        parts[0] = x.reshape(len(x), *self.node.inner[0])
+        x = dz[0].flatten(1, -2)
+        a, b = (x.mT, self.rows) if turned else (self.rows.mT, x)
+        parts[1].baddbmm_(a, b)  # the adjoint's own array
+        return tuple(parts)

@@ -10,7 +10,7 @@ from torch import nn
 from utils.hessian import Losses
 from utils.networks import build_model
 from utils.sample_size import label_ceiling
-from utils.sample_size.probes import neighbourhood, probe_losses
+from utils.surface.probes import neighbourhood, probe_losses
 
 
 def test_probes_lie_uniformly_in_the_ball():
