@@ -200,6 +200,7 @@ def test_closed_form_follows_from_the_jet_rules(pool):
     assert form["M"] == pytest.approx(D**2 / 2 + math.sqrt(2) * E, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_measured_closed_form_constants(pool):
     """D and E of every block with measured norms against the joint derivatives, LayerNorms of

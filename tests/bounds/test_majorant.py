@@ -90,7 +90,7 @@ def test_one_sided_couplings_and_tiny_curvature(name):
 
 def test_alone_and_together():
     """The same matrix alone and together; too few steps certify nothing."""
-    model = small_vit(6)
+    model = small_mlp(6)
     x, y = images(6, 4)
     together = hessian_bounds(model, x, y, rung="majorant", max_steps=400)
     alone = [
