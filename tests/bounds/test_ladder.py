@@ -77,29 +77,39 @@ def test_every_rung_above_the_exact_norm(name, loss):
         assert rung == "majorant" or float(part.values[0]) <= values[rung] * SLACK
 
 
-VITS = dict(
+SMALL = dict(
     seed=st.integers(0, 10**6),
     scale=st.floats(0.1, 3.0),
-    depth=st.integers(0, 2),
-    width=st.sampled_from([(4, 1), (4, 2), (6, 3)]),
+    radius=st.sampled_from([0.0, 0.01, 0.3, 2.0]),
+    depth=st.integers(0, 1),
+    width=st.just((4, 2)),
     eps=st.sampled_from([1e-6, 1e-3, 1e-1]),
     activation=st.sampled_from(list(ACTIVATIONS)),
     norm=st.sampled_from(["pre", "post"]),
     pool=st.sampled_from(["cls", "mean"]),
     loss=st.sampled_from(["cross_entropy", "mse"]),
 )
+WIDE = SMALL | dict(depth=st.integers(0, 2), width=st.sampled_from([(4, 1), (4, 2), (6, 3)]))
 
 
 @SETTINGS
-@given(radius=st.sampled_from([0.0, 0.01, 0.3, 2.0]), **VITS)
-def test_transformers_on_the_ball(
-    radius, seed, scale, depth, width, eps, activation, norm, pool, loss
-):
+@given(**SMALL)
+def test_transformers_on_the_ball(**drawn):
+    holds_on_the_ball(**drawn)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=12)
+@given(**WIDE)
+def test_wider_transformers_on_the_ball(**drawn):
+    holds_on_the_ball(**drawn)
+
+
+def holds_on_the_ball(seed, scale, radius, loss, width, activation, **sizes):
     """At random weights of the ball and along the gradient, for the rungs that hold there."""
     activation = "gelu" if activation == "relu" and radius else activation
     d, heads = width
-    sizes = dict(depth=depth, d_model=d, n_heads=heads, eps=eps, activation=activation)
-    model = random_vit(seed, scale, norm=norm, pool=pool, **sizes)
+    model = random_vit(seed, scale, d_model=d, n_heads=heads, activation=activation, **sizes)
     x, y = uneven_examples(1, seed)
     generator = torch.Generator().manual_seed(seed)
     w = flat(model)
