@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from exact import exact_norms, reference
-from networks import NETWORKS, random_mlp, random_vit, uneven_examples
+from networks import NETWORKS, random_mlp, random_vit, small_first, uneven_examples
 from torch import nn
 
 from utils.bounds import hessian_bounds
@@ -15,7 +15,7 @@ from utils.bounds.subject import subject
 F64 = torch.float64
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", small_first(NETWORKS))
 def test_quadratic_majorant(name):
     """Q + H and Q - H are positive semidefinite, and Q is symmetric, before and after balancing."""
     model = NETWORKS[name]()

@@ -42,7 +42,7 @@ def test_hutch_plus_plus_beats_hutchinson_where_few_eigenvalues_rule():
     """Unbiased over seeds, its standard error is its spread, and it is smaller at the same number
     of products.
     """
-    model, x, y, loss = case("pre cls gelu")
+    model, x, y, loss = case("two blocks")
     exact = reference(model, x, y, loss)[2].trace().item()
     spread = {}
     for estimator in ("hutchinson", "hutch++"):
@@ -98,7 +98,7 @@ def test_spectral_density_counts_the_eigenvalues():
 
 
 def test_block_norms_are_those_of_the_dense_blocks():
-    assert len(parameter_groups(NETWORKS["pre cls gelu"]())) == 16  # two blocks
+    assert len(parameter_groups(NETWORKS["two blocks"]())) == 16  # two blocks
     model, x, y, loss = case("post mean gelu mse")
     H = reference(model, x, y, loss)[2]
     groups = parameter_groups(model)

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from exact import reference, sample_hessians
 
-from utils.hessian.derivatives import dense_hessian
 from utils.surface.neighbourhood import (
     Spreads,
     closed_forms,
@@ -23,11 +23,8 @@ from utils.surface.plane import plane_losses
 
 def dense_parts(losses):
     """Losses (n,), gradients (n, P) and Hessians (n, P, P), one sample at a time."""
-    h = [
-        dense_hessian(losses.model, x[None], y[None], losses.loss)
-        for x, y in zip(losses.x, losses.y)
-    ]
-    return losses.values(), losses.sample_gradients(), torch.stack(h)
+    h = sample_hessians(losses.model, losses.x, losses.y, losses.loss)
+    return losses.values(), losses.sample_gradients(), h
 
 
 def variance(t):
@@ -112,7 +109,7 @@ def test_gaussian_probes():
 
 def test_top_eigenspace_against_a_dense_hessian(vit_losses):
     losses = vit_losses(9)
-    H = dense_hessian(losses.model, losses.x[:5], losses.y[:5])
+    H = reference(losses.model, losses.x[:5], losses.y[:5])[2]
     theta = torch.linalg.eigvalsh(H)
     theta = theta[theta.abs().argsort(descending=True)][:4].numpy()
     found = top_eigenspace(losses, 4, torch.arange(5))
