@@ -66,13 +66,18 @@ class Tape:
         self._gradient: dict[str, Tensor | None] | None = None
         self._forms: dict[str, Form | None] | None = None
         self._majorants: dict[str, Form | None] | None = None
-        self._forward(next(iter(point.values())).dtype)
+        self._forward(self._like(point).dtype)
         self.losses = self.values["loss"]
         ones = torch.ones_like(self.losses) if weights is None else weights
         self.adjoints = self._adjoints(ones)
 
+    @staticmethod
+    def _like(point: Named) -> Tensor:
+        """A weight, whose dtype and device all of the walk has; buffers may be of other types."""
+        return next(t for t in point.values() if t.is_floating_point())
+
     def _constants(self, point: Named, x: Tensor) -> Named:
-        like = next(iter(point.values()))
+        like = self._like(point)
         values = {name: t[None] for name, t in point.items()}
         for name, t in self.chain.constants.items():
             real = t.is_floating_point() or (name.startswith("number ") and t.dtype != torch.bool)

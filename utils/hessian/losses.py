@@ -122,7 +122,7 @@ class Losses(Coordinates):
 
     def _tape(self, point: dict, rows: Tensor, weights: Tensor | None = None) -> Tape:
         """One pass over `rows`; with `weights`, all that is computed is a sum over them."""
-        values = dict(self.model.named_buffers()) | self.rest | point
+        values = self.rest | point | dict(self.model.named_buffers())
         sums = weights is not None
         with torch.no_grad():
             x, y = self.x[rows], self.y[rows]
