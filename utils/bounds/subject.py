@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.calculus.chain import Chain, read_chain
-from utils.calculus.nodes.loss import IGNORED
 from utils.calculus.tape import Tape
 from utils.networks.contract import prepared_copy
-from utils.networks.losses import LOSSES, logits
+from utils.networks.losses import IGNORED, LOSSES, logits
 
 ROUNDING = 1 + 1e-10  # covers that of sums of products of nonnegative numbers
 

@@ -146,7 +146,11 @@ def narrow(chain: Lowering, node: fx.Node) -> bool:
 
 def concatenation(chain: Lowering, node: fx.Node) -> bool:
     parts, axis = (*node.args, 0)[:2]
+    parts = [part for part in parts if shape_of(part) != (0,)]  # torch lets an empty part be flat
     shapes = [shape_of(part) for part in parts]
+    if len(parts) == 1:
+        chain.add(Reshape(shapes[0], shapes[0]), parts, node, node)
+        return True
     chain.add(Concatenation(axis % len(shape_of(node)), shapes), list(parts), node, node)
     return True
 

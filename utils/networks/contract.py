@@ -55,7 +55,7 @@ def prepared_copy(
 def refuse_random_or_batch_dependent(model: nn.Module, x: Tensor) -> None:
     """Raise ValueError unless l_i(w) is a function of the weights w and of example i alone.
 
-    model  anything that maps inputs to logits (n, K): no dropout, no batch statistics
+    model  in eval mode; maps inputs to logits (n, K) or (n, T, K), without batch statistics
     x      inputs (n, ...), of which the first two are looked at
 
     >>> refuse_random_or_batch_dependent(nn.Linear(2, 3), torch.zeros(4, 2))
@@ -65,9 +65,12 @@ def refuse_random_or_batch_dependent(model: nn.Module, x: Tensor) -> None:
         together = logits(model, x[:2])
         again = logits(model, x[:2])
         alone = logits(model, x[:1])
-    if together.ndim != 2:
+    if together.ndim not in (2, 3):
         shape = tuple(together.shape)
-        raise ValueError(f"The model returns shape {shape}: it has to return logits (n, classes).")
+        raise ValueError(
+            f"The model returns shape {shape}: it has to return logits (n, classes), or "
+            "(n, tokens, classes)."
+        )
     if not together.isfinite().all():
         raise ValueError(
             "The model's output is not a finite number: look at its weights and at the inputs."
@@ -89,6 +92,14 @@ def _refuse_modules(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} uses batch statistics: replace it (LayerNorm, GroupNorm) and run again."
             )
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Raise ValueError where a layer would drop units in training, which here has none.
+
+    >>> refuse_dropout(nn.Dropout(0.0))
+    """
+    for name, module in model.named_modules():
         if isinstance(module, _DropoutNd) and module.p > 0:
             raise ValueError(
                 f"{name} is dropout with p = {module.p}: build the model with p = 0 and run again."

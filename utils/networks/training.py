@@ -23,6 +23,7 @@ from utils.data import Dataset
 from utils.hessian import Losses, per_sample_losses
 from utils.networks.contract import (
     prepared_copy,
+    refuse_dropout,
     refuse_random_or_batch_dependent,
     second_order_mode,
 )
@@ -94,6 +95,7 @@ def train(
     x = x.to(device)
     y = y.to(device)
     in_double = x.double() if x.is_floating_point() else x
+    refuse_dropout(model)
     refuse_random_or_batch_dependent(prepared_copy(model), in_double)
     model.to(torch.float32 if epochs else torch.float64).eval()
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -17,8 +17,7 @@ from utils.calculus.lemmas import (
 from utils.calculus.nodes.arrays import scaled_by
 from utils.calculus.nodes.base import Form, Node, Parts
 from utils.calculus.nodes.known import Known, Situation
-
-IGNORED = -100  # the label of a token that does not count, as in torch
+from utils.networks.losses import IGNORED
 
 
 class CrossEntropy(Node):
