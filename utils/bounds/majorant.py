@@ -14,6 +14,7 @@ from torch import Tensor
 from utils.bounds.subject import ROUNDING, Subject
 from utils.calculus.tape import Named, Tape
 from utils.hessian.lanczos import lanczos, lanczos_epsilon
+from utils.run.streams import generator
 
 MEMORY = 2**31  # of the working arrays [bytes]
 ACTIVATIONS = 6  # arrays for each value during a walk
@@ -61,8 +62,8 @@ def majorant(
 
 def uniform(P: int, seed: int) -> Tensor:
     """A direction (1, P), uniform on the sphere, from a stream of its own."""
-    generator = torch.Generator().manual_seed(0x5EED_0F_1A7C05 + seed)
-    return torch.randn(1, P, generator=generator, dtype=torch.float64)
+    stream = generator("lanczos start", seed)
+    return torch.randn(1, P, generator=stream, dtype=torch.float64)
 
 
 class Majorants:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from utils.figures import ROLES
+from utils.run.streams import numpy_generator
 
 STYLES = {
     "closed_form": ROLES["closed form"],
@@ -172,7 +173,7 @@ def misfit_power(norms: pd.DataFrame, seed: int) -> tuple[float, float, float]:
     """The power of the norm in q by least squares, with a 95 % bootstrap interval over examples:
     (low, power, high). norms: columns q, value."""
     logs = np.log(norms[["q", "value"]].to_numpy())
-    draws = np.random.default_rng(seed).integers(len(logs), size=(400, len(logs)))
+    draws = numpy_generator("misfit", seed).integers(len(logs), size=(400, len(logs)))
     slopes = [np.polyfit(*logs[draw].T, 1)[0] for draw in draws]
     low, power, high = np.quantile(slopes, [0.025, 0.5, 0.975])
     return float(low), float(power), float(high)

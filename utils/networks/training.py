@@ -29,6 +29,7 @@ from utils.networks.contract import (
 )
 from utils.networks.losses import logits
 from utils.networks.polishing import Objective, Polishing, stopping_rule
+from utils.run.streams import generator
 
 
 @dataclass
@@ -118,7 +119,7 @@ def train(
     if epochs:
         single = losses_in(torch.float32)
         objective = Objective(single, centre.to(single.w), l2)
-        order = torch.Generator().manual_seed(seed)
+        order = generator("batches", seed)
         permutations = [torch.randperm(len(x), generator=order) for _ in range(epochs)]
         batches = [rows.split(batch_size) for rows in permutations]
         _put(model, single.unflatten(_adam(objective, batches, learning_rate, schedule, note)))

@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom, binomtest
 
+from utils.run.streams import numpy_generator
 from utils.sample_size.measurement import Pilot
 from utils.sample_size.rivals import baselines
 from utils.sample_size.step import k_step
 from utils.sample_size.surface import gaussian_factor, k_fixed_probes, k_surface
-
-STREAM = 29  # of the simulated samples: default_rng([seed, STREAM])
 
 
 def exceedance(
@@ -62,7 +61,7 @@ def true_size(
     factor = gaussian_factor(values, confidence, seed)
     length = 40 * math.ceil(factor * values.var(1).mean() / tolerance**2)
     counts = np.arange(1, length + 1)
-    generator = np.random.default_rng([seed, STREAM])
+    generator = numpy_generator("true size", seed)
     settled = np.zeros(streams, dtype=int)
     for stream in range(streams):
         draws = generator.integers(values.shape[1], size=length)

@@ -8,8 +8,7 @@ import warnings
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
 
-CURVE_STREAM = 19  # of the orders of `settling_curve`: default_rng([seed, CURVE_STREAM])
-ORDER_STREAM = 23  # of the order in which "doubling" reads: default_rng([seed, ORDER_STREAM])
+from utils.run.streams import numpy_generator
 
 
 def power_law(k, a, b, c):
@@ -77,7 +76,7 @@ def settling_curve(values, k, n_orders: int = 200, seed: int = 0) -> np.ndarray:
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     k = np.asarray(k)
     limit = values.mean(1, keepdims=True)
-    generator = np.random.default_rng([seed, CURVE_STREAM])
+    generator = numpy_generator("settling curve", seed)
     total = np.zeros(len(k))
     for _ in range(n_orders):
         order = generator.permutation(values.shape[1])
@@ -95,7 +94,7 @@ def doubling(values: np.ndarray, tolerance: float, seed: int = 0) -> float:
     (16.0, inf)
     """
     m = values.shape[1]
-    order = np.random.default_rng([seed, ORDER_STREAM]).permutation(m)
+    order = numpy_generator("doubling", seed).permutation(m)
     k = 8
     while 2 * k <= m:
         difference = values[:, order[:k]].mean(1) - values[:, order[: 2 * k]].mean(1)
