@@ -69,7 +69,8 @@ class Subject:
 def tape_of(
     model: nn.Module, chain: Chain, x: Tensor, y: Tensor, loss: str, names: list[str]
 ) -> Tape:
-    """The tape of a model's chain at its own weights, of which those in `names` move."""
+    """The tape of a model's chain at its own weights, of which those in `names` move, for x, y and
+    loss as in `Subject`."""
     point = {name: t.detach() for name, t in model.named_parameters()} | dict(model.named_buffers())
     with torch.no_grad():
         return Tape(chain, point, x, y, loss, names)
@@ -80,9 +81,11 @@ def subject(
 ) -> Subject:
     """Check a network and examples, and read the chain.
 
-    model: any traceable module that returns logits, left unchanged. x, y, loss: as in `Subject`.
-    parameters: name patterns; a group counts as a whole if one of its parameters matches. Raises
-    ValueError where something does not fit, Untraceable where the network cannot be read.
+    model       any traceable module that returns logits, left unchanged
+    x, y, loss  as in `Subject`
+    parameters  name patterns; a group counts as a whole if one of its parameters matches
+
+    Raises ValueError where something does not fit, Untraceable where the network cannot be read.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")

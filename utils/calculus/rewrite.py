@@ -29,11 +29,6 @@ FUNCTIONS = frozenset(
 POINTWISE = ARITHMETIC | FUNCTIONS
 
 
-def tensors(node: fx.Node) -> list[fx.Node]:
-    """The fx nodes among the arguments, in order, lists opened."""
-    return node.all_input_nodes
-
-
 class Composite:
     """Several elementwise operators as one function of one tensor; `__name__` stands for them in
     messages."""
@@ -52,8 +47,8 @@ class Composite:
 
 
 def fuse_elementwise(graph: fx.Graph) -> None:
-    """Replace every group of elementwise operators that is a nonlinear function of one tensor of
-    its shape."""
+    """Replace every group of elementwise operators of a graph that is a nonlinear function of one
+    tensor of its shape."""
     for last in reversed(list(graph.nodes)):
         group, roots = _elementwise_group(last)
         if (
@@ -90,25 +85,28 @@ def is_tanh_gelu(function: Composite) -> bool:
 def _elementwise_group(last: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
     """The elementwise operators, in order, of which only `last` is read outside, and the tensors
     that they read."""
-    if last.op != "call_function" or operator_name(last) not in POINTWISE:
+    if not _is(last, *POINTWISE):
         return [], set()
     group = {last}
     grown = True
     while grown:
         grown = False
-        for node in [a for member in group for a in tensors(member) if a not in group]:
-            inside = node.op == "call_function" and operator_name(node) in POINTWISE
-            if inside and all(user in group for user in node.users):
+        for node in [a for member in group for a in member.all_input_nodes if a not in group]:
+            if _is(node, *POINTWISE) and all(user in group for user in node.users):
                 group.add(node)
                 grown = True
-    roots = {a for member in group for a in tensors(member) if a not in group}
+    roots = {a for member in group for a in member.all_input_nodes if a not in group}
     return [n for n in last.graph.nodes if n in group], roots
 
 
 def fuse_rms_norm(graph: fx.Graph) -> None:
-    """Replace x * rsqrt(mean(x^2, -1, keepdim) + eps) by aten.rms_norm without a gain."""
+    """Replace x * rsqrt(mean(x^2, -1, keepdim) + eps) in a graph by aten.rms_norm, no gain."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or operator_name(node) != "mul" or len(tensors(node)) != 2:
+        if (
+            node.op != "call_function"
+            or operator_name(node) != "mul"
+            or len(node.all_input_nodes) != 2
+        ):
             continue
         for x, scale in (node.args, reversed(node.args)):
             eps = _rms_eps(x, scale)
@@ -141,12 +139,12 @@ def _rms_eps(x: fx.Node, scale: fx.Node) -> float | None:
     return float(eps) if operator_name(square) == "square" or square.args[1] == 2 else None
 
 
-# --- selections
-# -------------------------------------------------------------------------------------
+# --- selections -----------------------------------------------------------------------------------
 
 
 def push_selections(graph: fx.Graph) -> None:
-    """Move every selection along an axis towards the input, past operators that only it reads.
+    """Move every selection of a graph along an axis towards the input, past operators that only it
+    reads.
 
     The axis is kept with length one on the way, so that no rank changes.
     """

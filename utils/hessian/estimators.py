@@ -46,7 +46,7 @@ def _eigsh(matrix: np.ndarray, seed: int) -> tuple[float, float, int]:
     """Norm, residual and products of ARPACK on a dense matrix."""
     products = []
 
-    def product(v):
+    def product(v: np.ndarray) -> np.ndarray:
         products.append(1)
         return matrix @ v
 
@@ -54,7 +54,8 @@ def _eigsh(matrix: np.ndarray, seed: int) -> tuple[float, float, int]:
     operator = LinearOperator(matrix.shape, product)
     (theta,), vectors = eigsh(operator, k=1, which="LM", v0=start)
     v = vectors[:, 0]
-    return abs(theta), np.linalg.norm(matrix @ v - theta * v), len(products)
+    residual = np.linalg.norm(matrix @ v - theta * v)
+    return float(abs(theta)), float(residual), len(products)
 
 
 def compare_on_examples(

@@ -154,7 +154,13 @@ def _put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             model.get_parameter(name).copy_(value)
 
 
-def _adam(objective, batches, learning_rate, schedule, note) -> Tensor:
+def _adam(
+    objective: Objective,
+    batches: list,
+    learning_rate: float,
+    schedule: str,
+    note: Callable[[str, float, Tensor], None],
+) -> Tensor:
     """From the objective's centre through `batches`, their rows by epoch; returns weights (P,)."""
     w = objective.centre.clone()
     optimizer = torch.optim.Adam([w], lr=learning_rate)
@@ -178,7 +184,7 @@ def _adam(objective, batches, learning_rate, schedule, note) -> Tensor:
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of the examples `x` (n, ...) whose largest logit is that of the label in `y` (n,).
+    """Share of the examples `x` (n, ...) whose largest logit in the model is that of `y` (n,).
 
     >>> accuracy(nn.Linear(2, 1), torch.ones(3, 2), torch.zeros(3))
     1.0
@@ -194,7 +200,7 @@ def evaluate(model: nn.Module, dataset: Dataset, loss: str = "cross_entropy") ->
     """What the `model` has learned, a row for each part of the `dataset`.
 
     Columns: examples, accuracy and its standard error, mean, standard deviation ("spread S") and
-    largest of the examples' losses [nat for "cross_entropy"].
+    largest of the examples' losses, `loss` by name [nat for "cross_entropy"].
 
     >>> from types import SimpleNamespace as Parts
     >>> x, y = torch.ones(3, 2), torch.zeros(3, dtype=torch.long)

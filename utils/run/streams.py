@@ -74,7 +74,8 @@ def _number(name: str, *kinds: str) -> tuple[str, int]:
 def torch_seed(name: str, seed: int) -> int:
     """The number that seeds a PyTorch stream, for a generator that someone else owns.
 
-    name: a stream of `STREAMS`; seed: of the run, 0 to 4294967295.
+    name  a stream of `STREAMS`
+    seed  of the run, 0 to 4294967295
 
     Raises ValueError where there is no such stream.
 
@@ -87,7 +88,9 @@ def torch_seed(name: str, seed: int) -> int:
 def generator(name: str, seed: int, device: str = "cpu") -> torch.Generator:
     """A stream of PyTorch. On the CPU, the default, a run on a GPU draws the same numbers.
 
-    name: a stream of `STREAMS`; seed: of the run, 0 to 4294967295; device: as PyTorch names it.
+    name    a stream of `STREAMS`
+    seed    of the run, 0 to 4294967295
+    device  as PyTorch names it
 
     Raises ValueError where there is no such stream.
 
@@ -104,7 +107,8 @@ def generator(name: str, seed: int, device: str = "cpu") -> torch.Generator:
 def numpy_generator(name: str, seed: int) -> np.random.Generator:
     """A stream of numpy.
 
-    name: a stream of `STREAMS`; seed: of the run, 0 to 4294967295.
+    name  a stream of `STREAMS`
+    seed  of the run, 0 to 4294967295
 
     Raises ValueError where there is no such stream.
 
@@ -118,7 +122,8 @@ def numpy_generator(name: str, seed: int) -> np.random.Generator:
 def split_generator(name: str, seed: int) -> np.random.RandomState:
     """A stream of the kind that scikit-learn takes.
 
-    name: a stream of `STREAMS`; seed: of the run, 0 to 4294967295.
+    name  a stream of `STREAMS`
+    seed  of the run, 0 to 4294967295
 
     Raises ValueError where there is no such stream.
 

@@ -15,13 +15,11 @@ from utils.run.streams import numpy_generator
 def random_orders(n: int, n_orders: int, seed: int = 0) -> np.ndarray:
     """Independent uniform permutations of 0 .. n - 1.
 
-    Args:
-        n: size of the pool [examples].
-        n_orders: how many orders [1].
-        seed: of the stream `[seed, 5]`.
+    n         size of the pool [examples]
+    n_orders  how many orders [1]
+    seed      of the stream `[seed, 5]`
 
-    Returns:
-        (n_orders, n) integers.
+    Returns (n_orders, n) integers.
 
     >>> random_orders(4, 2).shape
     (2, 4)
@@ -37,13 +35,11 @@ def typical_first_orders(losses: ArrayLike, n_orders: int, seed: int = 0) -> np.
     control of statements on uniform orders: as random as those, but later examples differ more,
     whatever the shape of the list.
 
-    Args:
-        losses: (n,) [nat].
-        n_orders: how many orders [1].
-        seed: of the stream `[seed, 23]`.
+    losses    (n,) [nat]
+    n_orders  how many orders [1]
+    seed      of the stream `[seed, 23]`
 
-    Returns:
-        (n_orders, n) integers.
+    Returns (n_orders, n) integers.
 
     >>> typical_first_orders([1.0, 5.0, 9.0], 4).shape
     (4, 3)
@@ -58,13 +54,11 @@ def typical_first_orders(losses: ArrayLike, n_orders: int, seed: int = 0) -> np.
 def log_grid(low: int, high: int, points: int) -> np.ndarray:
     """Distinct integers, equally spaced in log k.
 
-    Args:
-        low: the first (`high`, if that is smaller) [examples].
-        high: the last [examples].
-        points: about how many [1].
+    low     the first (`high`, if that is smaller) [examples]
+    high    the last [examples]
+    points  about how many [1]
 
-    Raises:
-        ValueError: there is no size to look at, `high` is below 1.
+    Raises ValueError where there is no size to look at, `high` is below 1.
 
     >>> log_grid(1, 100, 3).tolist()
     [1, 10, 100]
