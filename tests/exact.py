@@ -55,10 +55,11 @@ def flattened(parts):
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def tape_of(model, x, y, names=None, **options):
+def tape_of(model, x, y, names=None, chain=None, **options):
     point = {k: t.detach() for k, t in (*model.named_parameters(), *model.named_buffers())}
     names = [k for k, _ in model.named_parameters()] if names is None else names
-    return Tape(read_chain(model, x), point, x, y, moving=names, **options)
+    chain = read_chain(model, x) if chain is None else chain
+    return Tape(chain, point, x, y, moving=names, **options)
 
 
 def flat(tape, parts, lead):
@@ -78,11 +79,11 @@ def named(tape, V):
     }
 
 
-def dense(model, x, y, names):
+def dense(model, x, y, names, chain=None):
     """Hessians (n, P, P): all unit vectors of one example in one product."""
     hessians = []
     for i in range(len(x)):
-        tape = tape_of(model, x[i : i + 1], y[i : i + 1], names)
+        tape = tape_of(model, x[i : i + 1], y[i : i + 1], names, chain)
         units = torch.eye(sum(tape.values[k].numel() for k in names), dtype=F64)
         hessians.append(flat(tape, tape.product(named(tape, units)), len(units)))
     return torch.stack(hessians)
@@ -100,11 +101,11 @@ def assert_exact(model, x, y, names=None):
     check_outputs(tape, output(model, x).detach())
     gradients, hessians = double_backward(model, x, y, names)
     near(flat(tape, tape.gradient(), len(x)), gradients)
-    near(dense(model, x, y, names), hessians)
+    near(dense(model, x, y, names, tape.chain), hessians)
     V = torch.randn(gradients.shape, dtype=F64, generator=torch.Generator().manual_seed(0))
     near(flat(tape, tape.product(named(tape, V)), len(x)), (hessians @ V[..., None])[..., 0])
     weights = torch.tensor([0.2, -1.0, 3.0], dtype=F64)
-    summed = tape_of(model, x, y, names, sums=True, weights=weights)
+    summed = tape_of(model, x, y, names, tape.chain, sums=True, weights=weights)
     product = summed.product({k: t[0] for k, t in named(tape, V[:1]).items()})
     product = {k: None if t is None else t[None] for k, t in product.items()}
     near(flat(summed, product, 1)[0], torch.einsum("n,nij,j->i", weights, hessians, V[0]))

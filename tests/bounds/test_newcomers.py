@@ -26,15 +26,19 @@ OPTIONS = {"majorant": {"confidence": 1 - 1e-9, "max_steps": 400}}
 class Between(nn.Module):
     """A function of one or two hidden vectors between linear maps."""
 
-    def __init__(self, function, inputs: int = 1):
+    def __init__(self, inputs: int = 1):
         super().__init__()
-        self.function = function
         self.maps = nn.ModuleList(nn.Linear(16, 5) for _ in range(inputs))
         self.head = nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)
         return self.head(self.function(*(linear(x) for linear in self.maps)))
+
+
+def between(function, inputs: int = 1) -> nn.Module:
+    """Of a class of its own, so that its chain is read once."""
+    return type("Between", (Between,), {"function": staticmethod(function)})(inputs)
 
 
 NEW = {
@@ -78,7 +82,7 @@ def test_right_or_refused(name):
     """Every rung, at a point and on a ball, is above the exact norm or says which operator it does
     not know."""
     function, inputs = NEW[name]
-    model = randomised(Between(function, inputs), 3)
+    model = randomised(between(function, inputs), 3)
     x, y = images(3, 2)
     answered = []
     norms = {0.0: exact_norms(model, x, y), 0.3: moved_norms(model, x, y, 0.3)}
@@ -230,10 +234,10 @@ def products(model: nn.Module, x: Tensor, y: Tensor, kinds: dict) -> Tensor:
 
 
 OWN = {
-    "sine": (Between(torch.sin), {"sin": lambda node: Sine()}),
-    "a gate": (Between(lambda a, b: a * b, 2), {"mul": lambda node: Gate()}),
+    "sine": (between(torch.sin), {"sin": lambda node: Sine()}),
+    "a gate": (between(lambda a, b: a * b, 2), {"mul": lambda node: Gate()}),
     "root mean square": (
-        Between(lambda z: nn.functional.rms_norm(z, (5,), eps=0.1)),
+        between(lambda z: nn.functional.rms_norm(z, (5,), eps=0.1)),
         {"rms_norm": lambda node: RootMeanSquare()},
     ),
 }
@@ -244,9 +248,14 @@ def own_kinds(monkeypatch):
     """The bounds with nodes of one's own."""
 
     def use(kinds):
-        monkeypatch.setattr(
-            "utils.bounds.subject.read_chain", lambda model, x: read_chain(model, x, kinds)
-        )
+        chains = {}
+
+        def read(model, x):
+            if type(model) not in chains:
+                chains[type(model)] = read_chain(model, x, kinds)
+            return chains[type(model)]
+
+        monkeypatch.setattr("utils.bounds.subject.read_chain", read)
 
     return use
 
@@ -271,7 +280,7 @@ def test_nodes_of_ones_own(name, own_kinds):
 
 
 def test_a_node_without_norms_is_refused(own_kinds):
-    model = randomised(Between(torch.sin), 5)
+    model = randomised(between(torch.sin), 5)
     x, y = images(5, 1)
     own_kinds({"sin": lambda node: Unbounded()})
     for rung in ("prior", "activations"):
