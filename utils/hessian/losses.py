@@ -25,6 +25,7 @@ from utils.hessian.coordinates import Coordinates
 from utils.hessian.differentiation import Differentiation, check_part
 from utils.hessian.memory import KEPT, MEMORY, WALK, activation_numbers
 from utils.networks.contract import (
+    check_labels,
     prepared_copy,
     refuse_random_or_batch_dependent,
     second_order_mode,
@@ -95,6 +96,8 @@ class Losses(Coordinates):
         refuse_random_or_batch_dependent(self.model, self.x)
         self._size: int | None = None
         self._automatic = Differentiation(self.model, loss)
+        with torch.no_grad():
+            check_labels(self.y, self._automatic.logits({}, self.x[:1]).shape, loss)
         self.move(dict(self.model.named_parameters()), parameters)
         self.chain: Chain | None = None
         self.untraced = ""

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from utils.networks.losses import logits
+from utils.networks.losses import IGNORED, logits
 
 
 @contextmanager
@@ -104,3 +104,32 @@ def refuse_dropout(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} is dropout with p = {module.p}: build the model with p = 0 and run again."
             )
+
+
+def check_labels(y: Tensor, shape: torch.Size, loss: str) -> None:
+    """Raise ValueError unless the labels fit a network's output.
+
+    y      labels (n,) or (n, T), or for "mse" also targets of the output's shape
+    shape  of the output for some examples: (m, K) or (m, T, K)
+    loss   "cross_entropy" or "mse"
+
+    >>> check_labels(torch.tensor([0, 2]), torch.Size([1, 3]), "cross_entropy")
+    """
+    if y.is_floating_point() and loss == "mse":
+        if y.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"The targets have shape {tuple(y.shape)}, the output {tuple(shape)}: "
+                "give one target for each number of the output."
+            )
+        return
+    if y.is_floating_point() or y.shape[1:] != shape[1:-1]:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)} and type {y.dtype}, the logits {tuple(shape)}: "
+            "give one integer label for each row of logits."
+        )
+    counted = y[y != IGNORED] if y.ndim > 1 else y
+    classes = shape[-1]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+        raise ValueError(
+            f"y has to hold integer classes from 0 to {classes - 1}: map the labels to them."
+        )
