@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
-from bounded import exact_hessian, exact_norms, images, randomised
+from bounded import moved
+from exact import exact_norms, reference
+from networks import flat, randomised, uneven_examples
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 
@@ -62,19 +63,9 @@ def moved_norms(model: nn.Module, x: Tensor, y: Tensor, radius: float) -> Tensor
     found = []
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        twin = randomised_copy(model, radius, generator)
-        found.append(exact_norms(twin, x, y))
+        step = torch.randn(len(flat(model)), generator=generator, dtype=F64)
+        found.append(exact_norms(moved(model, radius * step / step.norm()), x, y))
     return torch.stack(found).amax(0)
-
-
-def randomised_copy(model: nn.Module, radius: float, generator: torch.Generator) -> nn.Module:
-    twin = copy.deepcopy(model)
-    steps = [torch.randn(p.shape, generator=generator, dtype=F64) for p in twin.parameters()]
-    length = math.sqrt(sum(float(s.square().sum()) for s in steps))
-    with torch.no_grad():
-        for p, step in zip(twin.parameters(), steps):
-            p.add_(radius * step / length)
-    return twin
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -83,7 +74,7 @@ def test_right_or_refused(name):
     not know."""
     function, inputs = NEW[name]
     model = randomised(between(function, inputs), 3)
-    x, y = images(3, 2)
+    x, y = uneven_examples(2, 3)
     answered = []
     norms = {0.0: exact_norms(model, x, y), 0.3: moved_norms(model, x, y, 0.3)}
     for rung in RUNGS[1:]:
@@ -265,8 +256,8 @@ def test_nodes_of_ones_own(name, own_kinds):
     """Right products against double backward, valid bounds from the norms they give."""
     model, kinds = OWN[name]
     model = randomised(model, 5)
-    x, y = images(5, 1)
-    H = exact_hessian(model, x[0], y[0])
+    x, y = uneven_examples(1, 5)
+    H = reference(model, x, y)[2]
     torch.testing.assert_close(products(model, x, y, kinds), H, rtol=1e-9, atol=1e-11)
     own_kinds(kinds)
     exact = torch.linalg.matrix_norm(H, 2)
@@ -281,7 +272,7 @@ def test_nodes_of_ones_own(name, own_kinds):
 
 def test_a_node_without_norms_is_refused(own_kinds):
     model = randomised(between(torch.sin), 5)
-    x, y = images(5, 1)
+    x, y = uneven_examples(1, 5)
     own_kinds({"sin": lambda node: Unbounded()})
     for rung in ("prior", "activations"):
         with pytest.raises(Unknown, match="sin of the network"):

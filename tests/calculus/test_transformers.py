@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
+from exact import assert_exact
+from networks import randomised
 from torch.overrides import TorchFunctionMode
-
-from tests.exact import assert_exact, randomised
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
