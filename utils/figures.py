@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +19,7 @@ from utils.run.files import atomic
 
 # Name of a role -> how it is drawn, in every figure of the repository. One colour has one meaning;
 # a figure asks for its roles by name, never by their order.
-ROLES = {
+ROLES: dict[str, dict[str, Any]] = {
     "measured": {"color": "#0173B2", "linestyle": "-", "marker": "o", "markersize": 3.5},
     "bound": {"color": "#D55E00", "linestyle": "--"},
     "tighter": {"color": "#029E73", "linestyle": ":", "linewidth": 2.0},
@@ -65,10 +66,9 @@ def use_theme() -> None:
 
     Tables show whole cells.
 
-    Example:
-        >>> use_theme()
-        >>> plt.rcParams["savefig.dpi"]
-        150.0
+    >>> use_theme()
+    >>> plt.rcParams["savefig.dpi"]
+    150.0
     """
     pd.set_option("display.max_colwidth", None)
     sns.set_theme(context="notebook", style="ticks", rc=THEME)
@@ -77,18 +77,16 @@ def use_theme() -> None:
 def band(ax: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, role: str = "measured") -> None:
     """Shade the interval of a line in the colour of its role.
 
-    Args:
-        ax: where to draw.
-        x: places (n,).
-        low: lower ends (n,).
-        high: upper ends (n,).
-        role: a name in ROLES.
+    ax    where to draw
+    x     places (n,)
+    low   lower ends (n,)
+    high  upper ends (n,)
+    role  a name in ROLES
 
-    Example:
-        >>> ax = plt.figure().subplots()
-        >>> band(ax, [1, 2], [0.9, 1.8], [1.1, 2.2], role="bound")
-        >>> len(ax.collections)
-        1
+    >>> ax = plt.figure().subplots()
+    >>> band(ax, [1, 2], [0.9, 1.8], [1.1, 2.2], role="bound")
+    >>> len(ax.collections)
+    1
     """
     ax.fill_between(x, low, high, color=ROLES[role]["color"], alpha=0.18, linewidth=0)
 
@@ -98,18 +96,16 @@ def reference_slope(
 ) -> None:
     """Draw a thin grey power law.
 
-    Args:
-        ax: where to draw, with two logarithmic scales.
-        x: places (n,), positive.
-        y0: its value at x[0].
-        slope: its exponent.
-        label: for the legend.
+    ax     where to draw, with two logarithmic scales
+    x      places (n,), positive
+    y0     its value at x[0]
+    slope  its exponent
+    label  for the legend
 
-    Example:
-        >>> ax = plt.figure().subplots()
-        >>> reference_slope(ax, [2, 8], y0=5.0, slope=-1.0)
-        >>> ax.lines[0].get_ydata().tolist()
-        [5.0, 1.25]
+    >>> ax = plt.figure().subplots()
+    >>> reference_slope(ax, [2, 8], y0=5.0, slope=-1.0)
+    >>> ax.lines[0].get_ydata().tolist()
+    [5.0, 1.25]
     """
     x = np.asarray(x, dtype=float)
     ax.plot(x, y0 * (x / x[0]) ** slope, label=label, **ROLES["reference"])
@@ -118,24 +114,20 @@ def reference_slope(
 def save_figure(figure: Figure, study: str, name: str, data: pd.DataFrame) -> Path:
     """Write a figure and what is plotted in it; unchanged data give unchanged bytes.
 
-    Args:
-        figure: what to save.
-        study: name of the study, a folder of figures/.
-        name: of the files, without an ending.
-        data: the numbers in the figure, one row a point.
+    figure  what to save
+    study   name of the study, a folder of figures/
+    name    of the files, without an ending
+    data    the numbers in the figure, one row a point
 
-    Returns:
-        The path of figures/<study>/<name>.png; .pdf and .csv lie beside it.
+    Returns the path of figures/<study>/<name>.png; .pdf and .csv lie beside it.
 
-    Raises:
-        OSError: the folder cannot be written; files that were there are kept whole.
+    Raises OSError where the folder cannot be written; files that were there are kept whole.
 
-    Example:
-        >>> import contextlib, tempfile
-        >>> with contextlib.chdir(tempfile.mkdtemp()):
-        ...     path = save_figure(plt.figure(), "demo", "empty", pd.DataFrame({"k": [1]}))
-        ...     sorted(file.name for file in path.parent.iterdir())
-        ['empty.csv', 'empty.pdf', 'empty.png']
+    >>> import contextlib, tempfile
+    >>> with contextlib.chdir(tempfile.mkdtemp()):
+    ...     path = save_figure(plt.figure(), "demo", "empty", pd.DataFrame({"k": [1]}))
+    ...     sorted(file.name for file in path.parent.iterdir())
+    ['empty.csv', 'empty.pdf', 'empty.png']
     """
     folder = Path("figures") / study
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,17 +142,15 @@ def save_figure(figure: Figure, study: str, name: str, data: pd.DataFrame) -> Pa
 def example_strip(parts: Mapping[str, tuple[Tensor, Tensor]], columns: int = 10) -> Figure:
     """Show the first examples of each part, a row a part, with their labels.
 
-    Args:
-        parts: name of a part -> (x (n, ...), y (n,)). Images (n, 1 or 3, S, S') are shown as they
-            are, other inputs as one line of values.
-        columns: examples in a row.
+    parts    name of a part -> (x (n, ...), y (n,)). Images (n, 1 or 3, S, S') are shown as they
+             are, other inputs as one line of values.
+    columns  examples in a row
 
-    Example:
-        >>> import torch
-        >>> x = torch.zeros(3, 1, 4, 4)
-        >>> figure = example_strip({"training": (x, torch.arange(3))}, columns=3)
-        >>> [ax.get_title() for ax in figure.axes]
-        ['0', '1', '2']
+    >>> import torch
+    >>> x = torch.zeros(3, 1, 4, 4)
+    >>> figure = example_strip({"training": (x, torch.arange(3))}, columns=3)
+    >>> [ax.get_title() for ax in figure.axes]
+    ['0', '1', '2']
     """
     size = (0.85 * columns, 1.15 * len(parts))
     figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False)
@@ -178,11 +168,9 @@ def example_strip(parts: Mapping[str, tuple[Tensor, Tensor]], columns: int = 10)
 def show(figure: Figure) -> None:
     """Show a figure once, under the cell that made it.
 
-    Args:
-        figure: what to show; it is closed afterwards.
+    figure  what to show; it is closed afterwards
 
-    Example:
-        >>> show(plt.figure())  # doctest: +SKIP
+    >>> show(plt.figure())  # doctest: +SKIP
     """
     plt.show()
     plt.close(figure)

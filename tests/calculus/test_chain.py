@@ -166,6 +166,22 @@ def test_a_chain_is_read_once_for_a_structure():
     assert read_chain(changed, IMAGES) is not first
 
 
+def test_gelu_by_tanh_is_known_however_it_is_written():
+    def by_hand(net, x):
+        z = net.a(x)
+        return (0.5 * z * (1 + torch.tanh(0.7978845608028654 * (z + 0.044715 * z**3)))).mean(1)
+
+    def almost(net, x):
+        z = net.a(x)
+        return (0.5 * z * (1 + torch.tanh(0.7978845608028654 * (z + 0.0447 * z**3)))).mean(1)
+
+    for read, name in ((by_hand, "gelu of the network"), (almost, "tanh")):
+        model = Classifier(read=read, a=nn.Linear(4, 4)).double().eval()
+        places = [s.place for s in read_chain(model, SEQUENCES).steps]
+        assert any(name in place for place in places)
+        assert ("gelu of the network" in places) == (read is by_hand)
+
+
 def test_tied_parameters_are_one():
     model = randomised(tied())
     assert read_chain(model, SEQUENCES).parameters == set(dict(model.named_parameters()))

@@ -143,3 +143,18 @@ def test_the_input_is_left_alone():
     centred = x.flatten(1) - x.flatten(1).mean(1, keepdim=True)
     close(dense_hessian(model, x.float(), y), dense_hessian(model[1], centred, y), 1e-6)
     assert torch.equal(x, kept)
+
+
+def test_buffers_of_other_types_do_not_set_the_precision():
+    """A mask is a boolean buffer: the walk still has the type of the weights."""
+
+    class Masked(Net):
+        def __init__(self):
+            super().__init__(torch.tanh)
+            self.register_buffer("mask", torch.tensor([True, False, True, True]))
+            self.between = lambda h: torch.tanh(h) * self.mask
+
+    model, (x, y) = Masked().double(), samples()
+    losses = Losses(model, x, y, parameters=["last.*"])
+    assert losses.engine == "chain"
+    close(losses.dense(), sample_hessians(model, x, y).mean(0)[-losses.P :, -losses.P :])

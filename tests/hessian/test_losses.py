@@ -226,7 +226,6 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize(
     "before, after, words",
     [
-        (nn.Dropout(0.1), None, ("before", "dropout", "0.1")),
         (nn.BatchNorm1d(16), None, ("before", "batch statistics")),
         (Call(lambda x: x + 0.1 * torch.randn_like(x)), None, ("two outputs",)),
         (Call(lambda x: F.dropout(x, 0.5, training=True)), None, ("two outputs",)),

@@ -26,6 +26,7 @@ from utils.hessian import Losses
 from utils.hessian import pyhessian as adapter
 from utils.hessian.derivatives import dense_hessian
 from utils.networks.losses import logits, loss_from_logits
+from utils.run.streams import torch_seed
 
 DEFAULTS = dict(
     tolerance=1e-3, max_iterations=100, starts=1, rescale=False
@@ -93,8 +94,11 @@ class Watched(nn.Module):
         return [graph() is not None for graph in cls.graphs]
 
 
+OWN_SEED = torch_seed("pyhessian", 0)
+
+
 @contextmanager
-def alone(dtype=F64, eig=None, seed=adapter.STREAM):
+def alone(dtype=F64, eig=None, seed=OWN_SEED):
     """A place to run PyHessian: default dtype, seed and perhaps a `torch.eig`, put back
     afterwards."""
     default = torch.get_default_dtype()
@@ -146,7 +150,7 @@ def norm_of(H):
 def rademacher(losses, probes, seed=0):
     """The probes (probes, P) that PyHessian draws for the parameters of `losses`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(adapter.STREAM + seed)
+        torch.manual_seed(torch_seed("pyhessian", seed))
         signs = [
             [torch.randint_like(t, high=2) * 2 - 1 for t in losses.point.values()]
             for _ in range(probes)
@@ -253,7 +257,7 @@ def test_trap_1_opposite_ends():
     H = dense_hessian(model, x, y)
     ends = spectrum(H)[[0, -1]]
     assert (ends.sum() / ends[1]).abs() < 0.05
-    with alone(seed=adapter.STREAM + 2):
+    with alone(seed=torch_seed("pyhessian", 2)):
         theirs = pyhessian(model, x, y)
         values, vectors = zip(*(theirs.eigenvalues() for _ in range(5)))
     assert abs(values[0][0]) < 0.9 * norm_of(H)

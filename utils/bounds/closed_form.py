@@ -39,7 +39,13 @@ def check(
     radius: float,
     parameters: list[str] | None,
 ) -> None:
-    """ValueError unless the closed form holds for this network, loss and choice of weights."""
+    """ValueError unless the closed form holds for this network, loss and choice of weights.
+
+    model, x, y  the network, inputs (n, C, S, S) and classes (n,)
+    loss         its name
+    radius       of the ball of weights
+    parameters   patterns of the weights that move, None for all
+    """
     if type(model) is not ViT or model.config.norm != "pre" or loss != "cross_entropy":
         kind = f"{model.config.norm}-norm" if type(model) is ViT else type(model).__name__
         raise ValueError(
@@ -103,16 +109,21 @@ class Formula:
         self.norms = [*blocks, model.norm]
 
     def least(self, module: str, name: str, value: float) -> float:
-        """`value`, or the number measured where that is smaller."""
+        """`value`, or the number `name` measured of a module where that is smaller."""
         return value if self.measured is None else self.measured.least(module, name, value)
 
     def omega(self, linear: nn.Linear) -> float:
-        """||[W b]|| on the ball."""
+        """||[W b]|| of a linear layer on the ball."""
         both = torch.cat([linear.weight, linear.bias[:, None]], 1)
         return float(spectral(both)) + self.R
 
     def normed(self, module: str, own: nn.LayerNorm, rows: int) -> Normed:
-        """Of the largest of all LayerNorms, or with measured numbers of this one."""
+        """Of the largest of all LayerNorms, or with measured numbers of this one.
+
+        module  its name
+        own     the LayerNorm itself
+        rows    how many tokens read it
+        """
         those = self.norms if self.measured is None else [own]
         root = math.sqrt(self.config.d_model)
         Gamma = max(float(m.weight.abs().max()) for m in those) + self.R
@@ -130,8 +141,9 @@ class Formula:
         )
 
     def attention(self, i: int, norm: Normed) -> dict[str, float]:
-        """First and second derivative of scores t, heads o and output y in the input and all
-        weights of the sublayer, and the growth P along the residual path."""
+        """First and second derivative of scores t, heads o and output y of block i in the input
+        and all weights of the sublayer, and the growth P along the residual path; `norm` is that
+        of the LayerNorm before it."""
         block = self.model.blocks[i].attention
         H = self.config.n_heads
         scale = 1 / math.sqrt(self.config.d_model // H)
@@ -169,7 +181,7 @@ class Formula:
         }
 
     def perceptron(self, i: int, norm: Normed) -> dict[str, float]:
-        """The same of z, g and output m of the MLP."""
+        """The same of z, g and output m of the MLP of block i behind the LayerNorm `norm`."""
         block = self.model.blocks[i].mlp
         slopes = SLOPES[self.config.activation]
         place = f"blocks.{i}.mlp"
@@ -213,10 +225,13 @@ def closed_form(
     the model's. D bounds the first and E the second derivative of the running node jointly over all
     weights; P = growth by the residual path, C = what a sublayer adds to E. M = D^2/2 + sqrt(2) E
     at the logits. Values are float64 (n,) or floats; "growth" (L,) is P_att P_mlp of each block.
-    variance_floor, measured: see `hessian_bounds`; with `measured` Gamma and beta are those of each
-    LayerNorm, not the largest, and the coefficients of mixing and of the MLP the smaller ones of
-    `mixing` and `through`. Raises ValueError where eps is 0 and no floor is given.
-    Source: Theorem 2 (thm:closed-form), Corollary (cor:ball), Proposition (prop:measured).
+
+    variance_floor, measured  see `hessian_bounds`; with `measured` Gamma and beta are those of each
+                              LayerNorm, not the largest, and the coefficients of mixing and of the
+                              MLP the smaller ones of `mixing` and `through`
+
+    Raises ValueError where eps is 0 and no floor is given. Source: Theorem 2 (thm:closed-form),
+    Corollary (cor:ball), Proposition (prop:measured).
     """
     of = Formula(model, radius, variance_floor, measured)
     norm = of.normed("", of.norms[0], of.N)
@@ -267,7 +282,18 @@ def loss_upper_bound(model: nn.Module, radius: float = 0.0) -> float:
 
     C = ln K + sqrt(2) omega_h chi_1, chi_1^2 = (Gamma sqrt(d) + |beta|)^2 + 1 for the LayerNorm
     that the head reads, because |f| <= omega_h chi_1 and l <= ln K + max_c f_c - f_y. Holds for
-    ReLU too. Raises ValueError for another module than a `ViT`. Source: (eq:loss-bound).
+    ReLU too.
+
+    model   a `ViT`
+    radius  Euclidean, in the weights
+
+    Raises ValueError for another module. Source: (eq:loss-bound).
+
+    >>> from utils.networks import build_model
+    >>> sizes = {"image_size": 2, "channels": 1, "patch_size": 1, "n_classes": 2, "depth": 1}
+    >>> model = build_model("vit", **sizes, n_heads=1, d_model=2, d_ff=2)
+    >>> loss_upper_bound(model) < loss_upper_bound(model, radius=1.0)
+    True
     """
     if type(model) is not ViT:
         raise ValueError(

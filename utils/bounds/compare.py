@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,11 @@ Part = tuple[Tensor, Tensor]
 def product_cost(network: nn.Module, x: Tensor, y: Tensor, loss: str) -> float:
     """Operations of one product of an example's Hessian with a vector, the unit of every cost.
 
-    network, loss: as everywhere. x, y: the examples over which it is averaged (n, ...), (n,).
+    network, loss  as everywhere
+    x, y           the examples over which it is averaged (n, ...), (n,)
+
+    >>> product_cost(nn.Linear(2, 3), torch.ones(4, 2), torch.zeros(4).long(), "mse") > 0
+    True
     """
     losses = Losses(network, x, y, loss)
     hessians = SampleHessians(losses, torch.arange(losses.n, device=losses.x.device))
@@ -54,7 +59,7 @@ class Comparison:
     bounds: dict[tuple[str, str], Bound] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
 
-    def ask(self, rung: str, part: str, n: int, **options: object) -> None:
+    def ask(self, rung: str, part: str, n: int, **options: Any) -> None:
         """Bound the first n examples of a part; options: as of `hessian_bounds`."""
         known = self.norms[self.norms["part"] == part].head(n)
         x, y = self.parts[part]
@@ -70,7 +75,8 @@ class Comparison:
         self._add(rung, known, bound.values, cost / len(known))
 
     def ask_with_data(self, part: str, n: int) -> int:
-        """The prior with the numbers of the chain that occur on a whole part; how many they are."""
+        """The prior of the first n examples of a part with the numbers of the chain that occur on
+        all of it; how many these are."""
         x, y = self.parts[part]
         numbers, cost = operations(measured_norms, self.network, x)
         known = self.norms[self.norms["part"] == part].head(n)
@@ -81,7 +87,8 @@ class Comparison:
         return len(numbers.values)
 
     def add_certified(self, part: str, n: int) -> None:
-        """The certified upper ends among the measured norms, and the products that one takes."""
+        """The first n certified upper ends among the measured norms of a part, and the products
+        that one takes."""
         chosen = self.norms["upper"].notna() & (self.norms["part"] == part)
         known = self.norms[chosen].head(n)
         x, y = (t[:2] for t in self.parts[part])
@@ -104,7 +111,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each rung, the loosest first: examples, least, median and largest ratio,
     products.
 
-    table: of `Comparison.table`.
+    table  of `Comparison.table`
 
     >>> row = {"rung": "prior", "ratio": 2.0, "products": 1.0}
     >>> summary(pd.DataFrame([row, row | {"ratio": 4.0}]))["median"].tolist()
@@ -125,14 +132,14 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def grid_of(config: dict, sweep: str) -> list:
-    """The values of a sweep that fit a ViT's sizes.
+    """The values of a sweep that fit the sizes `config` of a ViT.
 
     >>> grid_of({"image_size": 8, "d_model": 16, "n_heads": 2, "patch_size": 2}, "tokens")
     [4, 2, 1]
     """
     side = config["image_size"]
     patches = [s for s in range(side, 0, -1) if side % s == 0 and 4 <= (side // s) ** 2 <= 64]
-    grids = {"depth": [1, 2, 4], "width": [16, 32, 64], "heads": [1, 2, 4, 8]}
+    grids: dict[str, list] = {"depth": [1, 2, 4], "width": [16, 32, 64], "heads": [1, 2, 4, 8]}
     grids |= {"tokens": patches, "scale": [0.5, 1, 2]}
     grid = grids[sweep]
     if sweep == "width":
@@ -141,7 +148,17 @@ def grid_of(config: dict, sweep: str) -> list:
 
 
 def untrained(config: dict, sweep: str, value: float, seed: int) -> nn.Module:
-    """A fresh ViT of the sizes `config`, one of them (or the scale of all matrices) replaced."""
+    """A fresh ViT of the sizes `config`, one of them (or the scale of all matrices) replaced.
+
+    sweep  which: depth, width, heads, tokens or scale
+    value  in its place; of tokens the side of a patch
+    seed   of the weights
+
+    >>> sizes = {"image_size": 2, "channels": 1, "patch_size": 1, "n_classes": 2, "depth": 1}
+    >>> sizes |= {"n_heads": 1, "d_model": 2, "d_ff": 2}
+    >>> len(untrained(sizes, "depth", 3, seed=0).blocks)
+    3
+    """
     names = {"depth": "depth", "width": "d_model", "heads": "n_heads", "tokens": "patch_size"}
     sizes = dict(config)
     if sweep != "scale":
@@ -162,7 +179,16 @@ def growth(
     """log10 of the median bound and of the median measured norm over x, y for untrained networks
     that differ in one size: columns sweep, value, rung, log10. Cross-entropy.
 
-    config: sizes of the ViT. sweeps: of depth, width, heads, tokens, scale.
+    config  sizes of the ViT
+    sweeps  of depth, width, heads, tokens, scale
+    rungs   whose bounds
+    seed    of the weights
+
+    >>> sizes = {"image_size": 2, "channels": 1, "patch_size": 1, "n_classes": 2, "depth": 1}
+    >>> sizes |= {"n_heads": 1, "d_model": 2, "d_ff": 2, "norm": "pre"}
+    >>> x, y = torch.ones(1, 1, 2, 2, dtype=torch.float64), torch.tensor([0])
+    >>> list(growth(sizes, ["heads"], ["prior"], x, y, seed=0)["rung"])
+    ['measured', 'prior', 'measured', 'prior']
     """
     rows = []
     for sweep in sweeps:
@@ -183,7 +209,7 @@ def powers(table: pd.DataFrame) -> pd.DataFrame:
     """Slopes by least squares, a row for each rung: decades a block for the depth, decades a decade
     for the others.
 
-    table: of `growth`.
+    table  of `growth`
 
     >>> rows = [("width", 10, "prior", 1.0), ("width", 100, "prior", 3.0)]
     >>> table = pd.DataFrame(rows, columns=["sweep", "value", "rung", "log10"])
@@ -206,9 +232,12 @@ def published(x: Tensor, n_classes: int, seed: int) -> pd.DataFrame:
     """The two printed constants beside exact norms in their own settings: columns constant,
     printed, exact norm, printed / exact.
 
-    x: inputs (n, ...) of which the first is used. Attention with squared error on random weights
-    and on the family of the remark; a ReLU network without biases. Source: Remark
-    (rem:published).
+    x          inputs (n, ...) of which the first is used
+    n_classes  logits of the network
+    seed       of the weights
+
+    Attention with squared error on random weights and on the family of the remark; a ReLU network
+    without biases. Source: Remark (rem:published).
     """
     torch.manual_seed(seed)
     rows = []
@@ -250,4 +279,6 @@ def _attention_case(X: Tensor, W: list[Tensor], target: Tensor) -> tuple[float, 
         return (A @ X @ V - target).square().sum() / target.numel()
 
     H = torch.autograd.functional.hessian(value, torch.cat([m.reshape(-1) for m in W]))
-    return closing_the_curvature_gap(X, *W, target), float(torch.linalg.matrix_norm(H, 2))
+    Q, K, V = W
+    printed = closing_the_curvature_gap(X, Q, K, V, target)
+    return printed, float(torch.linalg.matrix_norm(H, 2))

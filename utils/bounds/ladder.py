@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,23 +73,29 @@ def hessian_bounds(
     parameters: list[str] | None = None,
     variance_floor: float | None = None,
     measured: Measured | None = None,
-    **options: object,
+    **options: Any,
 ) -> Bound:
     """Bound ||H_i||, the spectral norm of the Hessian in the weights of each example's loss.
 
-    model: any module that can be traced and returns logits, left unchanged; for the closed form a
-    pre-norm `ViT`. x: inputs (n, ...). y: classes (n,), or (n, T) for logits (n, T, K), or real
-    targets for "mse". loss: "cross_entropy" [nat] or "mse" (mean over the outputs). rung: one of
-    `RUNGS`. radius: with radius > 0 the values hold for all weights within that Euclidean distance
-    of the model's, all of them moving together (the first three rungs). parameters: name patterns
-    (fnmatch) that select the weights; a group counts as a whole if one of its parameters matches,
-    which can only enlarge the bound. variance_floor: an ASSUMED lower bound of every
-    normalisation's rho = sqrt(variance + eps) at every token of every example and for all weights
-    of the ball (closed_form and prior). Nothing here checks it; without it rho >= sqrt(eps), which
-    always holds. measured: numbers of the chain from `measured_norms`, in place of larger ones
-    (closed_form and prior): the values are then bounds for the examples that were measured, within
-    the radius of the measurement. options: of `majorant`, by name (confidence, max_steps, rounds,
-    seed, memory). ReLU: the Hessian exists almost everywhere only, and the values bound it there.
+    model           any module that can be traced and returns logits, left unchanged; for the closed
+                    form a pre-norm `ViT`
+    x               inputs (n, ...)
+    y               classes (n,), or (n, T) for logits (n, T, K), or real targets for "mse"
+    loss            "cross_entropy" [nat] or "mse" (mean over the outputs)
+    rung            one of `RUNGS`
+    radius          with radius > 0 the values hold for all weights within that Euclidean distance
+                    of the model's, all of them moving together (the first three rungs)
+    parameters      name patterns (fnmatch) that select the weights; a group counts as a whole if
+                    one of its parameters matches, which can only enlarge the bound
+    variance_floor  an ASSUMED lower bound of every normalisation's rho = sqrt(variance + eps) at
+                    every token of every example and for all weights of the ball (closed_form and
+                    prior). Nothing here checks it; without it rho >= sqrt(eps), which always holds.
+    measured        numbers of the chain from `measured_norms`, in place of larger ones (closed_form
+                    and prior): the values are then bounds for the examples that were measured,
+                    within the radius of the measurement
+    options         of `majorant`, by name (confidence, max_steps, rounds, seed, memory)
+
+    ReLU: the Hessian exists almost everywhere only, and the values bound it there.
 
     Raises ValueError for a rung that does not apply, patterns without a match, labels that do not
     fit; Unknown (a ValueError that names operator and module) where a node has no norm;

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from utils.bounds.subject import ROUNDING, Subject
+from utils.calculus.nodes.arrays import unit
 from utils.calculus.tape import Named, Tape
+from utils.hessian.coordinates import Coordinates
 from utils.hessian.lanczos import lanczos, lanczos_epsilon
+from utils.run.streams import generator
 
 MEMORY = 2**31  # of the working arrays [bytes]
 ACTIVATIONS = 6  # arrays for each value during a walk
@@ -35,8 +38,17 @@ def majorant(
     from the gradient and that direction; then Lanczos runs `max_steps` products from a uniform
     start of a stream of its own. "lower" (n,) <= lambda_max(Q_i) always; "M" (n,) >=
     lambda_max(Q_i) for all examples together with probability `confidence` over that start (inf
-    while too few steps say nothing). memory: budget [bytes]. Raises ValueError for a confidence
-    outside (0, 1), Unknown for a node without a majorant.
+    while too few steps say nothing).
+
+    of          the network and its examples
+    confidence  that every "M" holds, over the start, between 0 and 1
+    max_steps   products of Lanczos for each example at most
+    rounds      power steps that balance the couplings
+    seed        of the start
+    memory      budget of the working arrays [bytes]
+
+    Raises ValueError for a confidence outside (0, 1), Unknown for a node without a majorant.
+    Source: Theorem (thm:majorant), Theorem (thm:lanczos).
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}: give a number between 0 and 1.")
@@ -60,12 +72,16 @@ def majorant(
 
 
 def uniform(P: int, seed: int) -> Tensor:
-    """A direction (1, P), uniform on the sphere, from a stream of its own."""
-    generator = torch.Generator().manual_seed(0x5EED_0F_1A7C05 + seed)
-    return torch.randn(1, P, generator=generator, dtype=torch.float64)
+    """A direction (1, P), uniform on the sphere, from a stream of its own.
+
+    P     coordinates
+    seed  of the stream
+    """
+    stream = generator("lanczos start", seed)
+    return torch.randn(1, P, generator=stream, dtype=torch.float64)
 
 
-class Majorants:
+class Majorants(Coordinates):
     """The matrices Q_i of the examples in `rows`, times powers of two that keep their products near
     1, as maps on vectors (m, P), one for each example."""
 
@@ -76,26 +92,7 @@ class Majorants:
         self.here = torch.arange(len(rows), device=of.x.device)
         self.sigma: Named = {}
         self.exponent = torch.zeros(len(rows), dtype=torch.int32, device=of.x.device)
-        point = dict(of.model.named_parameters())
-        self.shapes = {name: point[name].shape for name in of.names}
-        self.P = sum(shape.numel() for shape in self.shapes.values())
-
-    def tensors(self, V: Tensor) -> Named:
-        """(m, P) -> tensors (m, ...) by name."""
-        parts = V.split([shape.numel() for shape in self.shapes.values()], 1)
-        return {
-            name: part.reshape(len(V), *shape)
-            for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
-        }
-
-    def vectors(self, tensors: dict[str, Tensor | None], m: int) -> Tensor:
-        """The inverse; None is zero."""
-        zeros = self.tape.losses.new_zeros
-        parts = [
-            zeros(m, shape.numel()) if tensors[name] is None else tensors[name].reshape(m, -1)
-            for name, shape in self.shapes.items()
-        ]
-        return torch.cat(parts, 1)
+        self.move(dict(of.model.named_parameters()), of.names)
 
     def tape_of(self, local: Tensor) -> Tape:
         """The tape of the examples rows[local]."""
@@ -108,33 +105,28 @@ class Majorants:
     @torch.no_grad()
     def __call__(self, V: Tensor, local: Tensor, out: Tensor | None = None) -> Tensor:
         """2^e Q_i V_j (m, P), i = rows[local[j]]."""
-        product = self.tape_of(local).product(self.tensors(V), "majorant")
-        return torch.ldexp(self.vectors(product, len(V)), self.exponent[local, None])
+        product = self.tape_of(local).product(self.unflatten(V), "majorant")
+        return torch.ldexp(self.flatten(product, (len(V),)), self.exponent[local, None])
 
     def unscaled(self, values: Tensor) -> Tensor:
-        """Eigenvalues of the maps (m,) as those of the Q_i."""
+        """The values (m,), eigenvalues of the maps, as those of the Q_i."""
         return torch.ldexp(values, -self.exponent)
 
     @torch.no_grad()
     def balance(self, start: Tensor, rounds: int) -> None:
         """Weigh the couplings: the order of magnitude along `start` (m, P), in which everything
-        moves, then steps of descent at the leading eigenvector, which the gradient is near. A share
-        of `start` stays in, so that no coupling is weighed by rounding errors alone."""
+        moves, then `rounds` steps of descent at the leading eigenvector, which the gradient is
+        near. A share of `start` stays in, so that no coupling is weighed by rounding errors
+        alone."""
         everyone = self.here
-        self.tape.balance(self.tensors(normed(start)), whole=True)
-        gradient = self.vectors(self.tape.gradient(), len(start))
-        v = normed(normed(gradient) + normed(start))
+        start = unit(start, 1)
+        self.tape.balance(self.unflatten(start), whole=True)
+        gradient = self.flatten(self.tape.gradient(), (len(start),))
+        v = unit(unit(gradient, 1) + start, 1)
         for _ in range(rounds):
-            self.tape.balance(self.tensors(v))
+            self.tape.balance(self.unflatten(v))
             v = self(v, everyone)
             size = v.abs().amax(1)
             self.exponent -= torch.where(size > 0, torch.frexp(size).exponent, 0)
-            v = normed(normed(v) + SHARE * normed(start))
+            v = unit(unit(v, 1) + SHARE * start, 1)
         self.sigma = dict(self.tape.sigma)
-
-
-def normed(V: Tensor) -> Tensor:
-    """Rows of length 1, 0 for 0; the squares do not underflow."""
-    tiny = torch.finfo(V.dtype).tiny
-    V = V / V.abs().amax(1, keepdim=True).clamp_min(tiny)
-    return V / V.norm(dim=1, keepdim=True).clamp_min(tiny)

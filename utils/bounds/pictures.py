@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from utils.figures import ROLES
+from utils.run.streams import numpy_generator
 
 STYLES = {
     "closed_form": ROLES["closed form"],
@@ -51,7 +52,7 @@ def shown(rung: str) -> str:
 def ladder(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """Bound against measured norm, and the decades that every rung loses, with its cost.
 
-    table, summary: of `compare.Comparison.table` and `compare.summary`.
+    table, summary  of `compare.Comparison.table` and `compare.summary`
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.3, 3.9))
     for rung in summary.index:
@@ -81,7 +82,7 @@ def ladder(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
 
 def growth(table: pd.DataFrame) -> Figure:
-    """One panel for each sweep of `compare.growth`, one line for each rung."""
+    """One panel for each sweep of the table of `compare.growth`, one line for each rung."""
     sweeps = list(table["sweep"].unique())
     figure, axes = plt.subplots(1, len(sweeps), figsize=(8.3, 3.2), sharey=True, squeeze=False)
     for ax, sweep in zip(axes[0], sweeps, strict=True):
@@ -114,9 +115,10 @@ def labels(groups: Iterable[str]) -> list[str]:
 
 
 def blocks(bound: np.ndarray, exact: np.ndarray, groups: Iterable[str], rung: str) -> Figure:
-    """Bounds (m, m) of blocks, their measured norms on the same scale, and the ratio: log10.
+    """The bound (m, m) of blocks, their exact norms (m, m) on the same scale, and the ratio: log10.
 
-    groups: of weights. rung: of the bound.
+    groups  of weights
+    rung    of the bound
     """
     names = labels(groups)
     floor = 1e-12 * exact.max()
@@ -137,7 +139,7 @@ def blocks(bound: np.ndarray, exact: np.ndarray, groups: Iterable[str], rung: st
 def constants(summary: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Rungs (median over examples) and printed constants over the norm on one axis.
 
-    summary, published: of `compare.summary` and `compare.published`.
+    summary, published  of `compare.summary` and `compare.published`
     """
     figure, ax = plt.subplots(figsize=(8.3, 3.6))
     names = [shown(rung) for rung in summary.index] + list(published["constant"])
@@ -154,7 +156,10 @@ def constants(summary: pd.DataFrame, published: pd.DataFrame) -> Figure:
 
 
 def misfit(norms: pd.DataFrame) -> Figure:
-    """Norms of examples against q = 1 - exp(-loss): columns part, q, value."""
+    """Norms of examples against q = 1 - exp(-loss).
+
+    norms  columns part, q, value
+    """
     figure, ax = plt.subplots(figsize=(6.5, 3.6))
     for part, rows in norms.groupby("part", sort=False):
         look = ROLES.get(part, ROLES["control"]) | {"linestyle": "none", "marker": "."}
@@ -170,9 +175,17 @@ def misfit(norms: pd.DataFrame) -> Figure:
 
 def misfit_power(norms: pd.DataFrame, seed: int) -> tuple[float, float, float]:
     """The power of the norm in q by least squares, with a 95 % bootstrap interval over examples:
-    (low, power, high). norms: columns q, value."""
+    (low, power, high).
+
+    norms  columns q, value
+    seed   of the bootstrap
+
+    >>> q = np.array([0.1, 0.2, 0.5])
+    >>> round(misfit_power(pd.DataFrame({"q": q, "value": q**2}), 1)[1], 6)
+    2.0
+    """
     logs = np.log(norms[["q", "value"]].to_numpy())
-    draws = np.random.default_rng(seed).integers(len(logs), size=(400, len(logs)))
-    slopes = [np.polyfit(*logs[draw].T, 1)[0] for draw in draws]
+    draws = numpy_generator("misfit", seed).integers(len(logs), size=(400, len(logs)))
+    slopes = [np.polyfit(logs[draw, 0], logs[draw, 1], 1)[0] for draw in draws]
     low, power, high = np.quantile(slopes, [0.025, 0.5, 0.975])
     return float(low), float(power), float(high)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.calculus.chain import Chain, read_chain
-from utils.calculus.nodes.loss import IGNORED
 from utils.calculus.tape import Tape
-from utils.networks.contract import prepared_copy
+from utils.networks.contract import check_labels, prepared_copy
 from utils.networks.losses import LOSSES, logits
 
 ROUNDING = 1 + 1e-10  # covers that of sums of products of nonnegative numbers
@@ -70,7 +69,8 @@ class Subject:
 def tape_of(
     model: nn.Module, chain: Chain, x: Tensor, y: Tensor, loss: str, names: list[str]
 ) -> Tape:
-    """The tape of a model's chain at its own weights, of which those in `names` move."""
+    """The tape of a model's chain at its own weights, of which those in `names` move, for x, y and
+    loss as in `Subject`."""
     point = {name: t.detach() for name, t in model.named_parameters()} | dict(model.named_buffers())
     with torch.no_grad():
         return Tape(chain, point, x, y, loss, names)
@@ -81,9 +81,11 @@ def subject(
 ) -> Subject:
     """Check a network and examples, and read the chain.
 
-    model: any traceable module that returns logits, left unchanged. x, y, loss: as in `Subject`.
-    parameters: name patterns; a group counts as a whole if one of its parameters matches. Raises
-    ValueError where something does not fit, Untraceable where the network cannot be read.
+    model       any traceable module that returns logits, left unchanged
+    x, y, loss  as in `Subject`
+    parameters  name patterns; a group counts as a whole if one of its parameters matches
+
+    Raises ValueError where something does not fit, Untraceable where the network cannot be read.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
@@ -101,7 +103,7 @@ def subject(
     chain = read_chain(twin, x)
     with torch.no_grad():
         output = logits(twin, x[:1])
-    _check_labels(y, output.shape, loss)
+    check_labels(y, output.shape, loss)
     names = [name for name, _ in twin.named_parameters()]
     tape = tape_of(twin, chain, x[:1], y[:1], loss, names)
     if not torch.allclose(tape.values[chain.output], output, rtol=1e-6, atol=1e-9, equal_nan=True):
@@ -119,27 +121,6 @@ def subject(
         size=max(math.prod(t.shape[1:]) * t.shape[-1] for t in values),
         total=sum(math.prod(t.shape[1:]) for t in values),
     )
-
-
-def _check_labels(y: Tensor, shape: torch.Size, loss: str) -> None:
-    classes = shape[-1]
-    if y.is_floating_point() and loss == "mse":
-        if math.prod(y.shape[1:]) != math.prod(shape[1:]):
-            raise ValueError(
-                f"The targets have shape {tuple(y.shape)}, the output {tuple(shape)}: "
-                "give one target for each number of the output."
-            )
-        return
-    if y.is_floating_point() or math.prod(y.shape[1:]) != math.prod(shape[1:-1]):
-        raise ValueError(
-            f"y has shape {tuple(y.shape)} and type {y.dtype}: give one integer label for each row "
-            "of logits."
-        )
-    counted = y[y != IGNORED] if y.ndim > 1 else y
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
-        raise ValueError(
-            f"y has to hold integer classes from 0 to {classes - 1}: map the labels to them."
-        )
 
 
 def _kept(names: list[str], groups: list[str], patterns: list[str] | None) -> list[int]:

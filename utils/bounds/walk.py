@@ -28,7 +28,7 @@ class Measured:
     """Numbers of the chain that hold for every example of a data set and all weights within
     `radius`: by (name of a step's output, name of the number).
 
-    modules: (module, name of the number) -> name of the step's output, for the closed form.
+    modules  (module, name of the number) -> name of the step's output, for the closed form
     """
 
     values: dict[tuple[str, str], float]
@@ -36,8 +36,8 @@ class Measured:
     modules: dict[tuple[str, str], str]
 
     def least(self, module: str, name: str, value: float) -> float:
-        """The number of a module's step, or `value` where that is smaller."""
-        step = self.modules.get((module, name))
+        """The number `name` of a module's step, or `value` where that is smaller."""
+        step = self.modules.get((module, name), "")
         return min(value, self.values.get((step, name), math.inf))
 
 
@@ -71,7 +71,7 @@ def known_values(of: Subject, rows: Tensor, at: Situation) -> dict[str, Known]:
             known[name] = value.tightened(at.radius)
     for step in of.chain.steps:
         at.step = step.output
-        known[step.output] = at.apply(step.node, [known[name] for name in step.inputs])
+        known[step.output] = at.apply(step.node, tuple(known[name] for name in step.inputs))
     return known
 
 
@@ -82,8 +82,16 @@ def products_of_norms(
     floor: float | None = None,
     measured: Measured | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Bounds (n, m, m) of the norms of the Hessians' blocks by "prior" or "activations", and the
-    numbers behind them: ||H_gg'|| <= r_hat B_gg' + S_hat a_g a_g'. Source: Theorem 1 (thm:jet).
+    """Bounds (n, m, m) of the norms of the Hessians' blocks, and the numbers behind them:
+    ||H_gg'|| <= r_hat B_gg' + S_hat a_g a_g'.
+
+    of        the network and its examples
+    rung      "prior" or "activations"
+    radius    of the ball of weights
+    floor     an assumed lower bound of every rho
+    measured  numbers in place of larger ones
+
+    Source: Theorem 1 (thm:jet).
     """
     blocks = []
     terms = []
@@ -107,12 +115,12 @@ def products_of_norms(
 
 
 def of_kept(of: Subject, B: Tensor) -> Tensor:
-    """The blocks of the groups kept, on the CPU; inf where nothing is known."""
+    """The blocks of B (n, m, m) of the groups kept, on the CPU; inf where nothing is known."""
     return never_nan(B[:, of.kept][:, :, of.kept].cpu())
 
 
 def chunk(of: Subject) -> int:
-    """Examples at a time: keeps the tensors (examples, rows, d, d) near 100 MB."""
+    """Examples of a subject at a time: keeps the tensors (examples, rows, d, d) near 100 MB."""
     return max(1, int(1.2e7 / (of.size + 3 * len(of.groups) ** 2)))
 
 
@@ -123,9 +131,16 @@ def measured_norms(
     """The largest numbers of the chain over the examples x (n, ...), for `measured` of
     `hessian_bounds`: one forward pass.
 
-    names: the numbers to keep, None for all but those of the loss. With radius > 0 they hold on
-    that ball of weights, by the radii of the activations rung. Source: Proposition (prop:measured),
-    Corollary (cor:ball).
+    model   any traceable module
+    radius  of the ball of weights
+    names   the numbers to keep, None for all but those of the loss
+
+    With radius > 0 they hold on that ball of weights, by the radii of the activations rung. Source:
+    Proposition (prop:measured), Corollary (cor:ball).
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    >>> sorted(name for _, name in measured_norms(model, torch.ones(2, 4)).values)
+    ['act1', 'act2']
     """
     weight = next(model.parameters())
     first = x[:1].to(weight) if x.is_floating_point() else x[:1].to(weight.device)
@@ -151,12 +166,16 @@ def measured_norms(
 
 
 def float64(value: Tensor | float) -> Tensor:
-    """On the CPU."""
+    """A value on the CPU, as float64."""
     return torch.as_tensor(value, dtype=torch.float64).cpu()
 
 
 def never_nan(value: Tensor) -> Tensor:
-    """inf in place of NaN."""
+    """A value with inf in place of NaN.
+
+    >>> never_nan(torch.tensor([float("nan"), 1.0]))
+    tensor([inf, 1.])
+    """
     return torch.where(value.isnan(), torch.inf, value)
 
 

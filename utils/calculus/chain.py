@@ -10,14 +10,12 @@ a walk over.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from utils.calculus.lowering import Lowering, Step
-from utils.calculus.nodes.base import Node
+from utils.calculus.lowering import Kinds, Lowering, Step
 from utils.calculus.rewrite import fuse_elementwise, fuse_rms_norm, push_selections
 from utils.calculus.trace import trace
 
@@ -58,16 +56,18 @@ class _OneTensor(nn.Module):
         return out if isinstance(out, Tensor) else out.logits
 
 
-def read_chain(
-    model: nn.Module, x: Tensor, kinds: dict[str, Callable[[fx.Node], Node]] | None = None
-) -> Chain:
+def read_chain(model: nn.Module, x: Tensor, kinds: Kinds | None = None) -> Chain:
     """The chain of a module for inputs like x.
 
-    model: in evaluation mode, returns a tensor or an object with `.logits`; it is left as it is. x
-    (n, ...): inputs, of which the first is traced. kinds: nodes of your own, by the operator's name
-    ("sin" for aten.sin): functions from the fx node, whose `meta["val"].shape` is the shape of one
-    example's value, to the node. Chains are kept: the same structure is traced once. Raises
-    Untraceable, in one sentence.
+    model  in evaluation mode, returns a tensor or an object with `.logits`; it is left as it is
+    x      (n, ...), inputs, of which the first is traced
+    kinds  nodes of your own, by the operator's name ("sin" for aten.sin): functions from the fx
+           node, whose `meta["val"].shape` is the shape of one example's value, to the node
+
+    Chains are kept: the same structure is traced once. Raises Untraceable, in one sentence.
+
+    >>> read_chain(nn.Linear(4, 3), torch.ones(5, 4)).parameters == {"weight", "bias"}
+    True
     """
     key = None if kinds else _signature(model, x)
     if key is not None and key in _kept:
@@ -81,7 +81,7 @@ def read_chain(
     return chain
 
 
-def _read(model: nn.Module, x: Tensor, kinds: dict[str, Callable[[fx.Node], Node]]) -> Chain:
+def _read(model: nn.Module, x: Tensor, kinds: Kinds) -> Chain:
     traced = trace(_OneTensor(model), x)
     prefix = "net."
     traced.parameters = {
@@ -114,8 +114,7 @@ def _opened(node: fx.Node) -> bool:
     return isinstance(node.meta["val"], tuple | list)
 
 
-# --- chains that were read before
-# ---------------------------------------------------------------------
+# --- chains that were read before -----------------------------------------------------------------
 
 _kept: OrderedDict[tuple, Chain] = OrderedDict()
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
@@ -149,7 +148,7 @@ def _signature(model: nn.Module, x: Tensor) -> tuple | None:
     return tuple(parts)
 
 
-def _described(value: object) -> object:
+def _described(value: object) -> tuple | None:
     """A hashable description of an attribute, or None where it has none that is sure."""
     if isinstance(value, _PLAIN):
         return (type(value).__name__, value)
@@ -157,8 +156,8 @@ def _described(value: object) -> object:
         parts = [_described(v) for v in value]
         return None if None in parts else (type(value).__name__, tuple(parts))
     if isinstance(value, dict):
-        parts = [(_described(k), _described(v)) for k, v in value.items()]
-        return None if any(None in pair for pair in parts) else ("dict", tuple(parts))
+        pairs = [_described(part) for pair in value.items() for part in pair]
+        return None if None in pairs else ("dict", tuple(pairs))
     frozen = getattr(type(value), "__dataclass_params__", None)
     if frozen is not None and frozen.frozen:
         fields = [(name, _described(v)) for name, v in vars(value).items()]

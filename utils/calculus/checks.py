@@ -11,13 +11,16 @@ from torch import Tensor
 from utils.calculus.chain import Chain
 from utils.calculus.tape import Tape
 from utils.calculus.trace import Untraceable
+from utils.run.streams import generator
 
 
 def check_chain(tape: Tape, output: Tensor) -> None:
     """Check a chain by a few examples: their outputs, and once for each chain a symmetric Hessian.
 
-    tape: of the examples, one direction each. output: what the network itself gives for them
-    (n, ...). Raises Untraceable.
+    tape    of the examples, one direction each
+    output  what the network itself gives for them (n, ...)
+
+    Raises Untraceable.
     """
     check_outputs(tape, output)
     if tape.chain in _symmetric:
@@ -31,8 +34,8 @@ _symmetric: WeakSet[Chain] = WeakSet()
 
 
 def check_outputs(tape: Tape, output: Tensor) -> None:
-    """Raise Untraceable unless the chain computes the outputs (n, ...) that the network gives for
-    the tape's batch.
+    """Raise Untraceable unless the chain computes what the network gives for the batch of the tape,
+    its output (n, ...).
 
     A chain is traced for one example: batch statistics, and all else that couples the examples of a
     batch, show here and nowhere else. Where the network names a narrower type (`chain.casts`), its
@@ -55,18 +58,19 @@ def asymmetry(tape: Tape, seed: int = 0) -> float:
     """max_i |w.h_i u - u.h_i w| / (|w| |h_i u| + |u| |h_i w|) for random u, w: a wrong derivative
     rarely stays symmetric.
 
-    tape: of a batch, one direction an example (sums=False). seed: of the two directions. Cost: two
-    products.
+    tape  of a batch, one direction an example (sums=False)
+    seed  of the two directions
+
+    Cost: two products.
     """
     like = next(iter(tape.adjoints.values()))
-    generator = torch.Generator().manual_seed(seed)
+    stream = generator("symmetry", seed)
     n = len(tape.losses)
 
     def direction() -> dict[str, Tensor]:
         shapes = {name: tape.values[name].shape[1:] for name in tape.moving}
         drawn = {
-            k: torch.randn(n, *s, generator=generator, dtype=torch.float64)
-            for k, s in shapes.items()
+            k: torch.randn(n, *s, generator=stream, dtype=torch.float64) for k, s in shapes.items()
         }
         return {name: t.to(like) for name, t in drawn.items()}
 
@@ -85,7 +89,7 @@ def asymmetry(tape: Tape, seed: int = 0) -> float:
 
 
 def symmetric(tape: Tape) -> bool:
-    """Whether the probe of `asymmetry` finds no more than rounding, which is small beside what a
-    wrong node does."""
+    """Whether the probe of `asymmetry` of the tape finds no more than rounding, which is small
+    beside what a wrong node does."""
     single = tape.losses.dtype == torch.float32
     return asymmetry(tape) <= (1e-3 if single else 1e-8)

@@ -8,11 +8,15 @@ are rounded up. An overflow gives inf, which is still a bound.
 from __future__ import annotations
 
 import math
+from functools import reduce
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
+
+from utils.run.streams import numpy_generator
 
 SOFTMAX_FIRST = 0.5  # >= ||Ds||, attained at (1/2, 1/2, 0, ...). Source: Lemma 1 (lem:softmax)
 SOFTMAX_SECOND = 0.2721656  # >= ||D^2 s||, sqrt(6)/9, attained. Source: Lemma 1 (lem:softmax)
@@ -26,10 +30,17 @@ LAYER_NORM_UNIFORM = (
 )
 LARGE = 256  # rows of a matrix for which a factorisation is cheaper than all its eigenvalues
 
-Number = float | Tensor
+Number: TypeAlias = float | Tensor  # a tensor (n,), one number an example
 
 
 # --- arithmetic of bounds -----------------------------------------------------------------------
+
+
+def _alike(*values: Number) -> list[Tensor]:
+    """Tensors of the dtype and device of the one with most axes."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    like = max(tensors, key=lambda t: t.ndim, default=torch.ones((), dtype=torch.float64))
+    return [torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values]
 
 
 def least(*values: Number) -> Tensor:
@@ -39,21 +50,16 @@ def least(*values: Number) -> Tensor:
     >>> least(torch.tensor([1.0, math.nan]), 2.0)
     tensor([1., 2.])
     """
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    like = max(tensors, key=lambda t: t.ndim, default=torch.ones((), dtype=torch.float64))
-    tensors = [torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values]
-    smallest = tensors[0]
-    for other in tensors[1:]:
-        smallest = torch.fmin(smallest, other)
-    return smallest
+    return reduce(torch.fmin, _alike(*values))
 
 
 def largest(u: Number, v: Number) -> Tensor:
-    """The larger of floats or tensors that broadcast; NaN where one is."""
-    tensors = [t for t in (u, v) if isinstance(t, Tensor)]
-    like = max(tensors, key=lambda t: t.ndim, default=torch.ones((), dtype=torch.float64))
-    first, second = (torch.as_tensor(t, dtype=like.dtype, device=like.device) for t in (u, v))
-    return torch.maximum(first, second)
+    """The larger of u and v, floats or tensors that broadcast; NaN where one is.
+
+    >>> largest(torch.tensor([1.0, 3.0]), 2.0)
+    tensor([2., 3.])
+    """
+    return torch.maximum(*_alike(u, v))
 
 
 def hypot(u: Number, v: Number) -> Tensor:
@@ -62,24 +68,34 @@ def hypot(u: Number, v: Number) -> Tensor:
     >>> hypot(torch.tensor([3.0]), 4.0)
     tensor([5.])
     """
-    tensors = [t for t in (u, v) if isinstance(t, Tensor)]
-    like = max(tensors, key=lambda t: t.ndim, default=torch.ones((), dtype=torch.float64))
-    first, second = (torch.as_tensor(t, dtype=like.dtype, device=like.device) for t in (u, v))
-    return torch.hypot(first, second)
+    return torch.hypot(*_alike(u, v))
 
 
 def with_ones(X: Tensor) -> Tensor:
-    """[X 1] for X (..., N, d)."""
+    """[X 1] for X (..., N, d).
+
+    >>> with_ones(torch.zeros(1, 2))
+    tensor([[0., 0., 1.]])
+    """
     return torch.cat([X, torch.ones_like(X[..., :1])], -1)
 
 
 def centred(X: Tensor) -> Tensor:
-    """X (..., N, d) minus its mean over the rows."""
+    """X (..., N, d) minus its mean over the rows.
+
+    >>> centred(torch.tensor([[1.0], [3.0]])).T
+    tensor([[-1.,  1.]])
+    """
     return X - X.mean(-2, keepdim=True)
 
 
 def outer(u: Tensor, v: Tensor) -> Tensor:
-    """u v^T for vectors (..., a) and (..., b)."""
+    """u v^T for vectors u (..., a) and v (..., b).
+
+    >>> outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0]))
+    tensor([[3.],
+            [6.]])
+    """
     return u[..., :, None] * v[..., None, :]
 
 
@@ -107,9 +123,12 @@ def largest_eigenvalue(G: Tensor) -> Tensor:
 
     Of a large one it is t = (1 + 1e-9) times ARPACK's estimate from below, where a Cholesky
     factorisation shows that t - G is positive definite; otherwise the last of all its eigenvalues.
+
+    >>> largest_eigenvalue(torch.diag(torch.tensor([1.0, -3.0])))
+    tensor(1.)
     """
     if G.ndim == 2 and len(G) >= LARGE and G.device.type == "cpu":
-        start = np.random.default_rng(0).normal(size=len(G))
+        start = numpy_generator("gram start", 0).normal(size=len(G))
         try:
             below = eigsh(G.numpy(), 1, which="LA", v0=start, tol=1e-5, return_eigenvectors=False)
         except ArpackError:  # a matrix of zeros, or one that has not converged
@@ -159,6 +178,9 @@ def softmax_second(first: Tensor) -> Tensor:
     """A bound of ||D^2 s|| from `first` = ||Ds||: min(sqrt(6)/9, sqrt(2) ||Ds||).
 
     Source: Lemma 1 (lem:softmax), part (ii).
+
+    >>> softmax_second(torch.tensor([0.1, 0.5]))
+    tensor([0.1414, 0.2722])
     """
     return (math.sqrt(2) * first).clamp(max=SOFTMAX_SECOND)
 
@@ -167,6 +189,9 @@ def softmax_moved(first: Tensor, moved: Tensor) -> Tensor:
     """>= ||Ds|| at logits within `moved` of those where it is `first`.
 
     Source: Lemma 1 (lem:softmax), part (iii).
+
+    >>> softmax_moved(torch.tensor(0.1), torch.tensor([0.0, 9.0]))
+    tensor([0.1000, 0.5000])
     """
     near = least(first + SOFTMAX_SECOND * moved, first * (math.sqrt(2) * moved).exp())
     return near.nan_to_num(nan=math.inf).clamp(max=SOFTMAX_FIRST)
@@ -177,6 +202,10 @@ def cross_entropy_norms(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     for well-fitted examples.
 
     Source: Lemma 2 (lem:cross-entropy).
+
+    >>> gradient, hessian = cross_entropy_norms(torch.zeros(1, 2), torch.tensor([0]))
+    >>> gradient, hessian.round(decimals=6)
+    (tensor([0.7071]), tensor([0.5000]))
     """
     p = f.log_softmax(-1).exp()
     wrong = p.scatter(-1, y[..., None], 0.0)
@@ -190,6 +219,9 @@ def normalisation_second(variance: Tensor, eps: float) -> Tensor:
     """sqrt(d) ||D^2 n|| at rows of the given `variance`; it rises up to eps/4 and falls from there.
 
     Source: Lemma 3 (lem:layernorm), part (ii).
+
+    >>> normalisation_second(torch.tensor([0.0, 1.0]), 1e-5)
+    tensor([0.0000, 1.1547])
     """
     rho2 = variance + eps
     tau = variance / rho2
@@ -198,8 +230,13 @@ def normalisation_second(variance: Tensor, eps: float) -> Tensor:
 
 
 def normalisation_floor(eps: float, floor: float | None) -> tuple[float, float]:
-    """(lower bound of rho, upper bound of sqrt(d) ||D^2 n||) for every input, `floor` an assumed
-    bound of rho; (0, inf) where there is none. Source: Lemma 3 (lem:layernorm).
+    """(lower bound of rho, upper bound of sqrt(d) ||D^2 n||) for every input; (0, inf) where there
+    is none.
+
+    eps    of the layer
+    floor  an assumed bound of rho
+
+    Source: Lemma 3 (lem:layernorm).
     """
     rho = max(math.sqrt(eps), floor or 0.0)
     if rho == 0:
@@ -210,10 +247,13 @@ def normalisation_floor(eps: float, floor: float | None) -> tuple[float, float]:
 def gained_norms(y: Tensor, gamma: Tensor, eps: float, means: bool) -> dict[str, Tensor]:
     """Norms of the derivatives of gamma n + beta, n = y / rho, at the rows y (n, N, d), each (n,).
 
-    y: rows, their means taken off where `means` (LayerNorm). `first` = max_t ||diag(gamma) Dn_t||
-    (exact), `second` >= max_t ||diag(gamma) D^2 n_t||, `own` the norm of (dgamma, dbeta) -> dX
-    (exact), `mixed` the norm of (dgamma, dh) -> dgamma * Dn[dh] (exact). Source: Lemma 3
-    (lem:layernorm), with Dn Dn^T = (P - (2 - tau) y y^T / (d rho^2)) / rho^2.
+    y           rows, their means taken off where `means` (LayerNorm)
+    gamma, eps  (d,), the gain, and what is added to the variance
+
+    `first` = max_t ||diag(gamma) Dn_t|| (exact), `second` >= max_t ||diag(gamma) D^2 n_t||, `own`
+    the norm of (dgamma, dbeta) -> dX (exact), `mixed` the norm of (dgamma, dh) -> dgamma * Dn[dh]
+    (exact). Source: Lemma 3 (lem:layernorm), with Dn Dn^T = (P - (2 - tau) y y^T / (d rho^2)) /
+    rho^2.
     """
     N, d = y.shape[-2:]
     variance = y.square().mean(-1)
@@ -257,11 +297,13 @@ def mixing(k: dict[str, Number], scale: float) -> tuple[tuple, dict[tuple[int, i
     """Bounds of the partial derivatives of (Q, K, V) -> O = softmax(scale Q K^T) V: first, and
     second by pair.
 
-    k: norms of the heads: "Q", "K", "V" of the matrices, K and V centred, "A", its largest sum of a
-    column "columns", the longest query "q", "sigma_K", "sigma_V", "covariance" of `covariances`,
-    the longest deviation of a value "reach", "softmax1", "softmax2" of the rows. Each bound is the
-    smaller of two: along scores and rows (V softmax1 ...), or as covariances under the rows, which
-    know that a row of A is a probability. Source: Lemma 5 (lem:bilinear), Lemma (lem:covariance).
+    k  norms of the heads: "Q", "K", "V" of the matrices, K and V centred, "A", its largest sum of a
+       column "columns", the longest query "q", "sigma_K", "sigma_V", "covariance" of `covariances`,
+       the longest deviation of a value "reach", "softmax1", "softmax2" of the rows
+
+    Each bound is the smaller of two: along scores and rows (V softmax1 ...), or as covariances
+    under the rows, which know that a row of A is a probability. Source: Lemma 5 (lem:bilinear),
+    Lemma (lem:covariance).
     """
     Q = scale * k["Q"]
     K = scale * k["K"]

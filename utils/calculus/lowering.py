@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -36,6 +37,8 @@ from utils.calculus.nodes.shape import (
 from utils.calculus.rewrite import FUNCTIONS, Composite
 from utils.calculus.trace import Trace, operator_name, place, shape_of
 
+Kinds = dict[str, Callable[[fx.Node], Node]]  # nodes by the operator's name
+
 
 @dataclass(frozen=True)
 class Step:
@@ -53,7 +56,7 @@ class Lowering:
     """Steps as they are made, with the constants that they read beside parameters and buffers."""
 
     trace: Trace
-    kinds: dict[str, Callable[[fx.Node], Node]]
+    kinds: Kinds
     steps: list[Step] = field(default_factory=list)
     numbers: dict[str, Tensor] = field(default_factory=dict)
 
@@ -70,30 +73,36 @@ class Lowering:
         return name
 
     def add(self, node: Node, inputs: list, output: fx.Node | str, source: fx.Node) -> str:
-        """Append a step; returns the name of its output."""
+        """Append the step output = node(inputs), values by name, fx node or number; returns the
+        name of its output. source: the fx node that it comes from."""
         name = self.name(output)
         names = tuple(self.name(value) for value in inputs)
         self.steps.append(Step(node, names, name, place(source)))
         return name
 
     def lower(self, node: fx.Node) -> None:
-        """Append the steps of one operator."""
+        """Append the steps of one operator, an fx node."""
         name = operator_name(node) if not isinstance(node.target, Composite) else "composite"
         if name in self.kinds:
             self.add(self.kinds[name](node), node.all_input_nodes, node, node)
         elif name in OPERATORS and OPERATORS[name](self, node):
             pass
         elif isinstance(node.target, Composite) or name in FUNCTIONS | {"div"}:
-            elementwise_of(self, node)
+            _elementwise(self, node)
         else:
-            operator_of(self, node)
+            _operator(self, node)
 
 
 # Each returns whether it could: an operator with arguments that it does not know goes to
-# `operator_of`.
+# `_operator`.
 
 
-def reshape(chain: Lowering, node: fx.Node) -> bool:
+def _arguments(node: fx.Node, *defaults: Any) -> list:
+    """The arguments of an operator, one for each of the defaults."""
+    return [*node.args, *defaults[len(node.args) :]][: len(defaults)]
+
+
+def _reshape(chain: Lowering, node: fx.Node) -> bool:
     x = node.args[0]
     if shape_of(x) == shape_of(node) and not x.meta["val"].is_floating_point():
         return False  # a change of type, perhaps
@@ -103,7 +112,7 @@ def reshape(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def transpose(chain: Lowering, node: fx.Node) -> bool:
+def _transpose(chain: Lowering, node: fx.Node) -> bool:
     order = list(range(len(shape_of(node))))
     i, j = (axis % len(order) for axis in node.args[1:])
     order[i], order[j] = order[j], order[i]
@@ -111,31 +120,31 @@ def transpose(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def permute(chain: Lowering, node: fx.Node) -> bool:
+def _permute(chain: Lowering, node: fx.Node) -> bool:
     order = [axis % len(shape_of(node)) for axis in node.args[1]]
     chain.add(Permute(order), [node.args[0]], node, node)
     return True
 
 
-def turned(chain: Lowering, node: fx.Node) -> bool:
+def _turned(chain: Lowering, node: fx.Node) -> bool:
     chain.add(Permute(range(len(shape_of(node)))[::-1]), [node.args[0]], node, node)
     return True
 
 
-def expand(chain: Lowering, node: fx.Node) -> bool:
+def _expand(chain: Lowering, node: fx.Node) -> bool:
     chain.add(Expand(shape_of(node.args[0]), shape_of(node)), [node.args[0]], node, node)
     return True
 
 
-def select(chain: Lowering, node: fx.Node) -> bool:
+def _select(chain: Lowering, node: fx.Node) -> bool:
     x, axis, index = node.args
     inner = shape_of(x)
     chain.add(Select(inner, axis % len(inner), index), [x], node, node)
     return True
 
 
-def narrow(chain: Lowering, node: fx.Node) -> bool:
-    x, axis, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+def _narrow(chain: Lowering, node: fx.Node) -> bool:
+    x, axis, start, end, step = _arguments(node, None, 0, None, None, 1)
     inner = shape_of(x)
     if shape_of(node) == inner:
         chain.add(Reshape(inner, inner), [x], node, node)
@@ -144,14 +153,18 @@ def narrow(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def concatenation(chain: Lowering, node: fx.Node) -> bool:
-    parts, axis = (*node.args, 0)[:2]
+def _concatenation(chain: Lowering, node: fx.Node) -> bool:
+    parts, axis = _arguments(node, (), 0)
+    parts = [part for part in parts if shape_of(part) != (0,)]  # torch lets an empty part be flat
     shapes = [shape_of(part) for part in parts]
+    if len(parts) == 1:
+        chain.add(Reshape(shapes[0], shapes[0]), parts, node, node)
+        return True
     chain.add(Concatenation(axis % len(shape_of(node)), shapes), list(parts), node, node)
     return True
 
 
-def part_of(chain: Lowering, node: fx.Node) -> bool:
+def _part_of(chain: Lowering, node: fx.Node) -> bool:
     """One of several outputs: of split, chunk and unbind a selection, otherwise the operator for
     this output."""
     whole, i = node.args
@@ -167,26 +180,25 @@ def part_of(chain: Lowering, node: fx.Node) -> bool:
         chosen = slice(start, start + shape_of(node)[axis])
         chain.add(Select(inner, axis, chosen), [x], node, node)
     else:
-        function = of_tensors(whole)
+        function = _of_tensors(whole)
         output = Operator(lambda *t: function(*t)[i], place(whole))
         chain.add(output, whole.all_input_nodes, node, whole)
     return True
 
 
-def total(chain: Lowering, node: fx.Node) -> bool:
-    inner = shape_of(node.args[0])
-    axes = list(node.args[1]) if len(node.args) > 1 and node.args[1] is not None else []
-    axes = [axis % len(inner) for axis in axes] or list(range(len(inner)))
-    keepdim = len(node.args) > 2 and node.args[2]
-    if not node.args[0].meta["val"].is_floating_point():
+def _total(chain: Lowering, node: fx.Node) -> bool:
+    x, axes, keepdim = _arguments(node, None, None, False)
+    inner = shape_of(x)
+    axes = [axis % len(inner) for axis in axes or []] or list(range(len(inner)))
+    if not x.meta["val"].is_floating_point():
         return False
     count = math.prod(inner[axis] for axis in axes)
     scale = 1 / count if operator_name(node) == "mean" else 1.0
-    chain.add(Sum(inner, axes, keepdim, scale), [node.args[0]], node, node)
+    chain.add(Sum(inner, axes, keepdim, scale), [x], node, node)
     return True
 
 
-def combination(chain: Lowering, node: fx.Node) -> bool:
+def _combination(chain: Lowering, node: fx.Node) -> bool:
     """add, sub, neg, and multiplication or division by a number."""
     name = operator_name(node)
     shape = shape_of(node)
@@ -213,7 +225,7 @@ def combination(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def linear(chain: Lowering, node: fx.Node) -> bool:
+def _linear(chain: Lowering, node: fx.Node) -> bool:
     shapes = [shape_of(a) for a in node.args]
     if len(shapes[0]) < 2:
         return False
@@ -221,7 +233,7 @@ def linear(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def addmm(chain: Lowering, node: fx.Node) -> bool:
+def _addmm(chain: Lowering, node: fx.Node) -> bool:
     bias, x, W = node.args
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
         return False
@@ -231,7 +243,7 @@ def addmm(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def matmul(chain: Lowering, node: fx.Node) -> bool:
+def _matmul(chain: Lowering, node: fx.Node) -> bool:
     shapes = [shape_of(a) for a in node.args]
     if min(map(len, shapes)) < 2:
         return False
@@ -244,12 +256,10 @@ def matmul(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def convolution(chain: Lowering, node: fx.Node) -> bool:
+def _convolution(chain: Lowering, node: fx.Node) -> bool:
     """The patches that the kernel reads, then `Linear` on every place."""
-    x, W, bias, stride, padding, dilation, groups = (
-        *node.args,
-        *(None, [1, 1], [0, 0], [1, 1], 1)[len(node.args) - 2 :],
-    )
+    defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+    x, W, bias, stride, padding, dilation, groups = _arguments(node, *defaults)
     if groups != 1 or isinstance(padding, str):
         return False
     shape = shape_of(node)
@@ -268,36 +278,36 @@ def convolution(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def embedding(chain: Lowering, node: fx.Node) -> bool:
-    W, index, padding = (*node.args[:3], -1)[:3]
+def _embedding(chain: Lowering, node: fx.Node) -> bool:
+    W, index, padding = _arguments(node, None, None, -1)
     if node.args[4:5] == (True,) or len(shape_of(index)) == 0:
         return False
     chain.add(Lookup(shape_of(W)[0], padding), [W, index], node, node)
     return True
 
 
-def softmax(chain: Lowering, node: fx.Node) -> bool:
+def _softmax(chain: Lowering, node: fx.Node) -> bool:
     chain.add(Softmax(node.args[1]), [node.args[0]], node, node)
     return True
 
 
-def layer_norm(chain: Lowering, node: fx.Node) -> bool:
-    x, axes, gain, bias, eps = (*node.args[:5], *(None, None, 1e-5)[max(0, len(node.args) - 2) :])[
-        :5
-    ]
+def _layer_norm(chain: Lowering, node: fx.Node) -> bool:
+    x, axes, gain, bias, eps = _arguments(node, None, (), None, None, 1e-5)
     _normalisation(chain, node, x, Normalisation(eps, len(axes)), gain, bias)
     return True
 
 
-def rms_norm(chain: Lowering, node: fx.Node) -> bool:
-    x, axes, gain, eps = (*node.args, *(None, None)[len(node.args) - 2 :])
+def _rms_norm(chain: Lowering, node: fx.Node) -> bool:
+    x, axes, gain, eps = _arguments(node, None, (), None, None)
     if eps is None:
         return False
     _normalisation(chain, node, x, Normalisation(eps, len(axes), centred=False), gain, None)
     return True
 
 
-def _normalisation(chain: Lowering, node: fx.Node, x: fx.Node, kind: Node, gain, bias) -> None:
+def _normalisation(
+    chain: Lowering, node: fx.Node, x: fx.Node, kind: Node, gain: Any, bias: Any
+) -> None:
     if gain is None:
         chain.add(kind, [x], node, node)
         return
@@ -308,11 +318,8 @@ def _normalisation(chain: Lowering, node: fx.Node, x: fx.Node, kind: Node, gain,
     chain.add(Product(shape, shapes), inputs, node, node)
 
 
-def group_norm(chain: Lowering, node: fx.Node) -> bool:
-    x, groups, gain, bias, eps = (
-        *node.args[:5],
-        *(None, None, 1e-5)[max(0, len(node.args) - 2) :],
-    )[:5]
+def _group_norm(chain: Lowering, node: fx.Node) -> bool:
+    x, groups, gain, bias, eps = _arguments(node, None, 1, None, None, 1e-5)
     shape = shape_of(x)
     name = chain.name(node)
     rows = (shape[0], groups, math.prod(shape[1:]) // groups)
@@ -335,7 +342,7 @@ def group_norm(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def masked_fill(chain: Lowering, node: fx.Node) -> bool:
+def _masked_fill(chain: Lowering, node: fx.Node) -> bool:
     x, mask, value = node.args
     if isinstance(value, fx.Node):
         return False
@@ -343,9 +350,9 @@ def masked_fill(chain: Lowering, node: fx.Node) -> bool:
     return True
 
 
-def attention(chain: Lowering, node: fx.Node) -> bool:
+def _attention(chain: Lowering, node: fx.Node) -> bool:
     """Scores, mask, softmax, mixing."""
-    q, k, v, mask, dropout, causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])[:6]
+    q, k, v, mask, dropout, causal = _arguments(node, None, None, None, None, 0.0, False)
     mask = node.kwargs.get("attn_mask", mask)
     causal = node.kwargs.get("is_causal", causal)
     if dropout or node.kwargs.get("dropout_p") or node.kwargs.get("enable_gqa"):
@@ -375,34 +382,35 @@ def attention(chain: Lowering, node: fx.Node) -> bool:
 
 OPERATORS: dict[str, Callable[[Lowering, fx.Node], bool]] = {
     **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), reshape
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"),
+        _reshape,
     ),
     **dict.fromkeys(
-        ("contiguous", "clone", "alias", "lift_fresh_copy", "to", "_to_copy", "dropout"), reshape
+        ("contiguous", "clone", "alias", "lift_fresh_copy", "to", "_to_copy", "dropout"), _reshape
     ),
-    **dict.fromkeys(("view_as", "type_as", "_reshape_copy"), reshape),
-    "transpose": transpose,
-    "permute": permute,
-    "t": turned,
-    "expand": expand,
-    "select": select,
-    "slice": narrow,
-    "cat": concatenation,
-    "getitem": part_of,
-    "mean": total,
-    "sum": total,
-    **dict.fromkeys(("add", "sub", "neg", "mul", "div"), combination),
-    "linear": linear,
-    "addmm": addmm,
-    **dict.fromkeys(("matmul", "bmm", "mm"), matmul),
-    "conv2d": convolution,
-    "embedding": embedding,
-    **dict.fromkeys(("softmax", "_softmax"), softmax),
-    "layer_norm": layer_norm,
-    "rms_norm": rms_norm,
-    "group_norm": group_norm,
-    "masked_fill": masked_fill,
-    "scaled_dot_product_attention": attention,
+    **dict.fromkeys(("view_as", "type_as", "_reshape_copy"), _reshape),
+    "transpose": _transpose,
+    "permute": _permute,
+    "t": _turned,
+    "expand": _expand,
+    "select": _select,
+    "slice": _narrow,
+    "cat": _concatenation,
+    "getitem": _part_of,
+    "mean": _total,
+    "sum": _total,
+    **dict.fromkeys(("add", "sub", "neg", "mul", "div"), _combination),
+    "linear": _linear,
+    "addmm": _addmm,
+    **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    "conv2d": _convolution,
+    "embedding": _embedding,
+    **dict.fromkeys(("softmax", "_softmax"), _softmax),
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "masked_fill": _masked_fill,
+    "scaled_dot_product_attention": _attention,
 }
 
 
@@ -421,7 +429,7 @@ LINEAR = frozenset(
 )
 
 
-def elementwise_of(chain: Lowering, node: fx.Node) -> None:
+def _elementwise(chain: Lowering, node: fx.Node) -> None:
     """A function entry by entry; of GELU and ReLU the derivatives are known."""
     inputs = node.all_input_nodes
     name = operator_name(node) if not isinstance(node.target, Composite) else "composite"
@@ -430,21 +438,21 @@ def elementwise_of(chain: Lowering, node: fx.Node) -> None:
     shapes = [shape_of(a) for a in inputs]
     derivatives = DERIVATIVES.get(name)
     slopes = elementwise.SLOPES.get(name)
-    function = of_tensors(node)
+    function = _of_tensors(node)
     kind = Elementwise(function, shape_of(node), shapes, derivatives, slopes, place(node))
     chain.add(kind, inputs, node, node)
 
 
-def operator_of(chain: Lowering, node: fx.Node) -> None:
+def _operator(chain: Lowering, node: fx.Node) -> None:
     """Anything else; of one real tensor and constant indices, perhaps a linear map."""
     inputs = node.all_input_nodes
     real = [a for a in inputs if a.meta["val"].is_floating_point()]
     linear = operator_name(node) in LINEAR and len(real) == 1
     kind = LinearOperator if linear else Operator
-    chain.add(kind(of_tensors(node), place(node)), inputs, node, node)
+    chain.add(kind(_of_tensors(node), place(node)), inputs, node, node)
 
 
-def of_tensors(node: fx.Node) -> Callable[..., Tensor]:
+def _of_tensors(node: fx.Node) -> Callable[..., Tensor]:
     """The operator of an fx node as a function of its tensor arguments alone."""
     leaves, spec = tree_flatten((node.args, node.kwargs))
     inputs = node.all_input_nodes

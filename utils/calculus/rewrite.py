@@ -29,11 +29,6 @@ FUNCTIONS = frozenset(
 POINTWISE = ARITHMETIC | FUNCTIONS
 
 
-def tensors(node: fx.Node) -> list[fx.Node]:
-    """The fx nodes among the arguments, in order, lists opened."""
-    return node.all_input_nodes
-
-
 class Composite:
     """Several elementwise operators as one function of one tensor; `__name__` stands for them in
     messages."""
@@ -52,8 +47,8 @@ class Composite:
 
 
 def fuse_elementwise(graph: fx.Graph) -> None:
-    """Replace every group of elementwise operators that is a nonlinear function of one tensor of
-    its shape."""
+    """Replace every group of elementwise operators of a graph that is a nonlinear function of one
+    tensor of its shape."""
     for last in reversed(list(graph.nodes)):
         group, roots = _elementwise_group(last)
         if (
@@ -65,35 +60,53 @@ def fuse_elementwise(graph: fx.Graph) -> None:
         root = roots.pop()
         if any(shape_of(n) != shape_of(root) for n in group):
             continue
+        function = Composite(group, root)
         with graph.inserting_before(last):
-            fused = graph.call_function(Composite(group, root), (root,))
+            if is_tanh_gelu(function):
+                fused = graph.call_function(aten.gelu.default, (root,), {"approximate": "tanh"})
+            else:
+                fused = graph.call_function(function, (root,))
         fused.meta = dict(last.meta)
         last.replace_all_uses_with(fused)
         graph.eliminate_dead_code()
 
 
+def is_tanh_gelu(function: Composite) -> bool:
+    """Whether sums, products and powers around one tanh are GELU's approximation: by its values,
+    which only that polynomial in its argument and in front of it gives."""
+    names = function.__name__.split("+")
+    if names.count("tanh") != 1 or not set(names) <= {"tanh", "add", "mul", "pow", "div"}:
+        return False
+    z = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    expected = torch.nn.functional.gelu(z, approximate="tanh")
+    return torch.allclose(function(z), expected, rtol=1e-12, atol=1e-14)
+
+
 def _elementwise_group(last: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
     """The elementwise operators, in order, of which only `last` is read outside, and the tensors
     that they read."""
-    if last.op != "call_function" or operator_name(last) not in POINTWISE:
+    if not _is(last, *POINTWISE):
         return [], set()
     group = {last}
     grown = True
     while grown:
         grown = False
-        for node in [a for member in group for a in tensors(member) if a not in group]:
-            inside = node.op == "call_function" and operator_name(node) in POINTWISE
-            if inside and all(user in group for user in node.users):
+        for node in [a for member in group for a in member.all_input_nodes if a not in group]:
+            if _is(node, *POINTWISE) and all(user in group for user in node.users):
                 group.add(node)
                 grown = True
-    roots = {a for member in group for a in tensors(member) if a not in group}
+    roots = {a for member in group for a in member.all_input_nodes if a not in group}
     return [n for n in last.graph.nodes if n in group], roots
 
 
 def fuse_rms_norm(graph: fx.Graph) -> None:
-    """Replace x * rsqrt(mean(x^2, -1, keepdim) + eps) by aten.rms_norm without a gain."""
+    """Replace x * rsqrt(mean(x^2, -1, keepdim) + eps) in a graph by aten.rms_norm, no gain."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or operator_name(node) != "mul" or len(tensors(node)) != 2:
+        if (
+            node.op != "call_function"
+            or operator_name(node) != "mul"
+            or len(node.all_input_nodes) != 2
+        ):
             continue
         for x, scale in (node.args, reversed(node.args)):
             eps = _rms_eps(x, scale)
@@ -126,12 +139,12 @@ def _rms_eps(x: fx.Node, scale: fx.Node) -> float | None:
     return float(eps) if operator_name(square) == "square" or square.args[1] == 2 else None
 
 
-# --- selections
-# -------------------------------------------------------------------------------------
+# --- selections -----------------------------------------------------------------------------------
 
 
 def push_selections(graph: fx.Graph) -> None:
-    """Move every selection along an axis towards the input, past operators that only it reads.
+    """Move every selection of a graph along an axis towards the input, past operators that only it
+    reads.
 
     The axis is kept with length one on the way, so that no rank changes.
     """

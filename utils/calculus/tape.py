@@ -9,7 +9,7 @@ whose bilinear form u^T h v this is the gradient of.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from torch import Tensor
 from utils.calculus.chain import Chain
 from utils.calculus.lowering import Step
 from utils.calculus.nodes.arrays import plus, scaled_by
-from utils.calculus.nodes.base import Form
+from utils.calculus.nodes.base import Form, Wanted
 from utils.calculus.nodes.loss import LOSS_NODES
 
 Named = dict[str, Tensor]
+Parts = dict[str, Tensor | None]  # None is zero
+Forms = dict[str, Form]  # but for those that are 0
 STEP = 8.0  # most that one balancing changes a weight of a coupling
 LARGEST = 690.0  # of the logarithm of a weight's square where it is found at once: that is finite
 
@@ -39,6 +41,13 @@ class Tape:
 
     After construction: losses (n,); values, saved, wanted by name of a step's output, for the
     bounds' walks.
+
+    >>> from utils.calculus.chain import read_chain
+    >>> model, x = torch.nn.Linear(2, 3, bias=False), torch.tensor([[3.0, 4.0]])
+    >>> point = {"weight": torch.zeros(3, 2)}  # the Hessian is (diag p - p p^T) x x^T, p = 1/3
+    >>> tape = Tape(read_chain(model, x), point, x, torch.tensor([0]))
+    >>> tape.product({"weight": torch.eye(3)[:1, :, None] * x})["weight"][0, 0]
+    tensor([16.6667, 22.2222])
     """
 
     def __init__(
@@ -60,19 +69,24 @@ class Tape:
         self.steps = [*chain.steps, self.head]
         self.values: Named = self._constants(point, x)
         self.saved: dict[str, object] = {}
-        self.wanted: dict[str, tuple[int, ...]] = {}
+        self.wanted: dict[str, Wanted] = {}
         self.sigma: Named = {}
         self.leaves = frozenset(self.moving)
-        self._gradient: dict[str, Tensor | None] | None = None
-        self._forms: dict[str, Form | None] | None = None
-        self._majorants: dict[str, Form | None] | None = None
-        self._forward(next(iter(point.values())).dtype)
+        self._gradient: Parts | None = None
+        self._forms: Forms | None = None
+        self._majorants: Forms | None = None
+        self._forward(self._like(point).dtype)
         self.losses = self.values["loss"]
         ones = torch.ones_like(self.losses) if weights is None else weights
         self.adjoints = self._adjoints(ones)
 
+    @staticmethod
+    def _like(point: Named) -> Tensor:
+        """A weight, whose dtype and device all of the walk has; buffers may be of other types."""
+        return next(t for t in point.values() if t.is_floating_point())
+
     def _constants(self, point: Named, x: Tensor) -> Named:
-        like = next(iter(point.values()))
+        like = self._like(point)
         values = {name: t[None] for name, t in point.items()}
         for name, t in self.chain.constants.items():
             real = t.is_floating_point() or (name.startswith("number ") and t.dtype != torch.bool)
@@ -111,26 +125,18 @@ class Tape:
                 self._collect(found, step, parts, wanted)
         return found
 
-    def _parts(self, step: Step, leaves: bool) -> tuple[int, ...]:
+    def _parts(self, step: Step, leaves: bool) -> Wanted:
         """The wanted inputs of a step that are moving weights themselves, or those that are not."""
         pairs = zip(step.inputs, self.wanted[step.output], strict=True)
         return tuple(want if (name in self.leaves) == leaves else 0 for name, want in pairs)
 
-    def _back(
-        self,
-        found: Named,
-        steps: list[Step],
-        forms: dict[str, Form | None] | None = None,
-        tangents: Named | None = None,
-    ) -> Named:
-        """The walk back over `steps` from the adjoints in `found`; adds the forms of the
+    def _back(self, found: Named, forms: Forms, tangents: Named) -> Named:
+        """The walk back from the adjoints in `found`, but for the loss; adds the forms of the
         tangents."""
-        for step in reversed(steps):
-            wanted = self.wanted.get(step.output)
-            if wanted is None:
-                continue
+        for step in reversed(self.active[:-1]):
+            wanted = self.wanted[step.output]
             mu = found.get(step.output)
-            form = None if forms is None else forms.get(step.output)
+            form = forms.get(step.output)
             if form is not None:
                 dz = tuple(tangents.get(name) for name in step.inputs)
                 after = getattr(form, "after", None)  # the form and the adjoint in one pass
@@ -145,14 +151,14 @@ class Tape:
         return found
 
     @staticmethod
-    def _collect(found: Named, step: Step, parts: tuple, wanted: tuple[int, ...]) -> None:
+    def _collect(found: Named, step: Step, parts: tuple, wanted: Wanted) -> None:
         for name, part, want in zip(step.inputs, parts, wanted, strict=True):
             if want and part is not None:
                 if want == 2 and part.shape[0] > 1:
                     part = part.sum(0, keepdim=True)
                 found[name] = plus(found.get(name), part)
 
-    def gradient(self) -> dict[str, Tensor | None]:
+    def gradient(self) -> Parts:
         """Gradients by parameter, (n, ...) or summed (...); None where a parameter has no
         influence."""
         if self._gradient is None:
@@ -166,15 +172,15 @@ class Tape:
             self._gradient = self._by_parameter(found)
         return self._gradient
 
-    def _by_parameter(self, found: Named) -> dict[str, Tensor | None]:
+    def _by_parameter(self, found: Named) -> Parts:
         parts = {name: found.get(name) for name in self.moving}
         if self.sums:
             return {name: None if part is None else part[0] for name, part in parts.items()}
         return parts
 
     def tangents(self, direction: Named) -> Named:
-        """z' of every value by name, along tangents (n, ...), or one (...) for all, of the moving
-        parameters."""
+        """z' of every value by name, along a direction: tangents (n, ...), or one (...) for all, of
+        the moving parameters."""
         found = {name: t[None] if self.sums else t for name, t in direction.items()}
         for step in self.active[:-1]:
             dz = tuple(found.get(name) for name in step.inputs)
@@ -184,26 +190,28 @@ class Tape:
                     found[step.output] = moved
         return found
 
-    def product(
-        self, direction: Named, part: str = "full", out: Named | None = None
-    ) -> dict[str, Tensor | None]:
+    def product(self, direction: Named, part: str = "full", out: Named | None = None) -> Parts:
         """Hessian times direction by parameter, shapes as in `gradient`; None where it is zero.
 
-        direction: tangents by name, as in `tangents`. part: "full", "gauss_newton" (J^T S J, S the
-        Hessian of the loss in the output), "functional" (the rest), or "majorant": J^T S J plus the
-        majorants of all nodes, a matrix Q with -Q <= H <= Q. out: tensors by name, of the shapes of
-        `gradient`, that take the result, zeros included. Source: Theorem (thm:adjoint), Theorem
-        (thm:majorant).
+        direction  tangents by name, as in `tangents`
+        part       "full", "gauss_newton" (J^T S J, S the Hessian of the loss in the output),
+                   "functional" (the rest), or "majorant": J^T S J plus the majorants of all nodes,
+                   a matrix Q with -Q <= H <= Q
+        out        tensors by name, of the shapes of `gradient`, that take the result, zeros
+                   included
+
+        Source: Theorem (thm:adjoint), Theorem (thm:majorant).
         """
         tangents = self.tangents(direction)
         forms = self.majorants() if part == "majorant" else self.forms()
         start: Named = {}
-        if part != "functional" and forms.get("loss") is not None:
-            top = forms["loss"]((tangents.get(self.chain.output),), None)[0]
+        of_loss = forms.get("loss")
+        if part != "functional" and of_loss is not None:
+            top = of_loss((tangents.get(self.chain.output),), None)[0]
             if top is not None:
                 start = {self.chain.output: top}
-        inner = None if part == "gauss_newton" else forms
-        found = self._by_parameter(self._back(start, self.active[:-1], inner, tangents))
+        inner = {} if part == "gauss_newton" else forms
+        found = self._by_parameter(self._back(start, inner, tangents))
         if out is None:
             return found
         for name, target in out.items():
@@ -213,37 +221,41 @@ class Tape:
                 target.copy_(found[name])
         return {name: out.get(name, found[name]) for name in self.moving}
 
-    def forms(self) -> dict[str, Form | None]:
+    def forms(self) -> Forms:
         """The second-order forms < lam, D^2 phi > of all steps that move, by name of their
         output."""
         if self._forms is None:
-            self._forms = {
-                step.output: step.node.second_order(
-                    self.saved[step.output], self.adjoints[step.output], self.wanted[step.output]
-                )
-                for step in self.active
-                if step.output in self.adjoints
-            }
+            self._forms = self._of_steps(lambda step: step.node.second_order)
         return self._forms
 
-    def majorants(self) -> dict[str, Form | None]:
+    def majorants(self) -> Forms:
         """The majorants of all steps that move, those of couplings weighed by sigma. Raises
         `Unknown`."""
         if self._majorants is None:
-            self._majorants = {
-                s.output: self._majorant(s) for s in self.active if s.output in self.adjoints
-            }
+            self._majorants = self._of_steps(lambda step: step.node.majorant)
+            for step in self.active:
+                if step.node.couples and step.output in self._majorants:
+                    form = self._majorants[step.output]
+                    self._majorants[step.output] = self._weighed(form, step.output)
         return self._majorants
 
-    def _majorant(self, step: Step) -> Form | None:
-        lam = self.adjoints[step.output]
-        form = step.node.majorant(self.saved[step.output], lam, self.wanted[step.output])
-        if form is None or not step.node.couples:
-            return form
+    def _of_steps(self, method: Callable[[Step], Callable[..., Form | None]]) -> Forms:
+        """The forms that a method of each node makes, but for those that are 0."""
+        found: Forms = {}
+        for step in self.active:
+            lam = self.adjoints.get(step.output)
+            if lam is not None:
+                form = method(step)(self.saved[step.output], lam, self.wanted[step.output])
+                if form is not None:
+                    found[step.output] = form
+        return found
+
+    def _weighed(self, form: Form, name: str) -> Form:
+        """The majorant of a coupling with its sigma, whatever that is when it is asked."""
 
         def weighed(dz: tuple, dout: Tensor | None) -> tuple:
             first, second, *rest = form(dz, dout)
-            sigma = self.sigma.get(step.output)
+            sigma = self.sigma.get(name)
             if sigma is not None and first is not None:
                 first = scaled_by(sigma, first)
                 second = scaled_by(1 / sigma, second)
@@ -282,7 +294,7 @@ class Tape:
 
 
 def log_dot(a: Tensor, b: Tensor) -> Tensor:
-    """log <a, b> (n,) of arrays (n, ...), -inf where it is not positive; the products do not
+    """log <a, b> (n,) of arrays a, b (n, ...), -inf where it is not positive; the products do not
     underflow."""
     a = a.flatten(1)
     b = b.flatten(1)

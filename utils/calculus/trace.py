@@ -42,6 +42,7 @@ class Trace:
 
     @property
     def output(self) -> fx.Node:
+        """The fx node of the output."""
         return next(n for n in self.graph.nodes if n.op == "output").args[0][0]
 
 
@@ -52,7 +53,7 @@ def operator_name(node: fx.Node) -> str:
 
 
 def place(node: fx.Node) -> str:
-    """The operator and its module, for people: "softmax of blocks.0.attention"."""
+    """The operator of an fx node and its module, for people: "softmax of blocks.0.attention"."""
     stack = node.meta.get("nn_module_stack")
     owner = list(stack.values())[-1][0] if stack else ""
     owner = owner.removeprefix("net.").removeprefix("net")
@@ -60,14 +61,16 @@ def place(node: fx.Node) -> str:
 
 
 def shape_of(value: object) -> tuple[int, ...]:
-    """The constant shape of an fx node's value; () for a number."""
+    """The constant shape of the value of an fx node; () for a number."""
     return tuple(value.meta["val"].shape) if isinstance(value, fx.Node) else ()
 
 
 def trace(model: nn.Module, x: Tensor) -> Trace:
     """Trace a module in evaluation mode at its first example.
 
-    model: returns one tensor; left as it is. x (n, ...): inputs, of which the first is used.
+    model  returns one tensor; left as it is
+    x      (n, ...), inputs, of which the first is used
+
     Raises Untraceable where the graph depends on values, changes buffers or its input, draws random
     numbers, or uses what torch.export does not know.
     """

@@ -12,22 +12,18 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 def checked_arrays(content: bytes, file: str) -> dict[str, np.ndarray]:
     """The arrays x_train, y_train and, where they are there, x_test, y_test.
 
-    Args:
-        content: an .npz archive, as np.savez writes it.
-        file: its name, for messages.
+    content  an .npz archive, as np.savez writes it
+    file     its name, for messages
 
-    Returns:
-        x (n, ...) float32, or uint8 where it was uint8, and y (n,) int64, by name.
+    Returns x (n, ...) float32, or uint8 where it was uint8, and y (n,) int64, by name.
 
-    Raises:
-        ValueError: the archive is damaged or holds pickled objects; inputs are no numbers, not
-            finite in float32 or of two shapes; labels are no integers from 0 on, one an example.
+    Raises ValueError where the archive is damaged or holds pickled objects; inputs are no numbers,
+    not finite in float32 or of two shapes; labels are no integers from 0 on, one an example.
 
-    Example:
-        >>> file = io.BytesIO()
-        >>> np.savez(file, x_train=np.ones((6, 2)), y_train=np.arange(6) % 2)
-        >>> checked_arrays(file.getvalue(), "mine.npz")["x_train"].dtype
-        dtype('float32')
+    >>> file = io.BytesIO()
+    >>> np.savez(file, x_train=np.ones((6, 2)), y_train=np.arange(6) % 2)
+    >>> checked_arrays(file.getvalue(), "mine.npz")["x_train"].dtype
+    dtype('float32')
     """
     arrays = _unpacked(content, file)
     for key in ("x_train", "y_train"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from utils.data.published import sha256
 from utils.data.readers import Pair, Source, read_source
 from utils.data.split import check_classes, split_pool, split_sentence
+from utils.run.streams import split_generator
 
 LARGEST_SEED = 2**32 - 1  # of numpy's RandomState
 LARGEST_SAMPLE = 2**63 - 1
@@ -28,14 +29,13 @@ class Dataset:
     The order inside every part is random and fixed by the seed, so that the first k examples of
     a part are a random sample.
 
-    Attributes:
-        x_train: inputs that train the weights, float32 (n, C, H, W) or (n, ...).
-        y_train: their labels, int64 (n,).
-        x_calibration: inputs that estimate spreads.
-        y_calibration: their labels.
-        x_test: inputs held out.
-        y_test: their labels.
-        info: where the data come from and how they were split, plain JSON; see `load_dataset`.
+    x_train        inputs that train the weights, float32 (n, C, H, W) or (n, ...)
+    y_train        their labels, int64 (n,)
+    x_calibration  inputs that estimate spreads
+    y_calibration  their labels
+    x_test         inputs held out
+    y_test         their labels
+    info           where the data come from and how they were split, plain JSON; see `load_dataset`
     """
 
     x_train: Tensor
@@ -49,9 +49,8 @@ class Dataset:
     def arrays(self) -> dict[str, np.ndarray]:
         """The six tensors as arrays by name, for an .npz file.
 
-        Example:
-            >>> sorted(load_dataset("synthetic", n_samples=100).arrays())
-            ['x_calibration', 'x_test', 'x_train', 'y_calibration', 'y_test', 'y_train']
+        >>> sorted(load_dataset("synthetic", n_samples=100).arrays())
+        ['x_calibration', 'x_test', 'x_train', 'y_calibration', 'y_test', 'y_train']
         """
         names = [f.name for f in fields(self) if f.name != "info"]
         return {name: getattr(self, name).numpy() for name in names}
@@ -60,15 +59,13 @@ class Dataset:
     def from_arrays(cls, arrays: dict[str, np.ndarray], info: dict) -> Dataset:
         """The data set that `arrays` came from.
 
-        Args:
-            arrays: as `Dataset.arrays` gives them.
-            info: the `info` of the data set.
+        arrays  as `Dataset.arrays` gives them
+        info    the `info` of the data set
 
-        Example:
-            >>> data = load_dataset("synthetic", n_samples=100)
-            >>> again = Dataset.from_arrays(data.arrays(), data.info)
-            >>> torch.equal(again.x_test, data.x_test)
-            True
+        >>> data = load_dataset("synthetic", n_samples=100)
+        >>> again = Dataset.from_arrays(data.arrays(), data.info)
+        >>> torch.equal(again.x_test, data.x_test)
+        True
         """
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return cls(**tensors, info=info)
@@ -90,38 +87,35 @@ def load_dataset(
     training pool; without one, both fractions are of the pool. uint8 inputs are scaled linearly
     from [0, 255] to [-1, 1] (the digits from [0, 16]); floats keep their values.
 
-    Args:
-        name: digits, mnist, fashion_mnist, cifar10, cifar100, synthetic, or `npz:PATH` with arrays
-            x_train, y_train and optionally x_test, y_test.
-        root: a folder with the files already on disk; None or "" means the environment variable
-            DATA_ROOT and, where that is not set either, a checked download into data/downloads.
-        seed: of all draws.
-        calibration_fraction: share that calibrates [1].
-        test_fraction: share held out, where there is no official test set [1].
-        n_samples: keep a stratified random subset of the pool of this size first, 0 for all
-            [examples]; for `synthetic`, draw that many.
-        order: "random", or "published" to draw nothing: of the first `n_samples` of the pool as
-            published the first train and the next calibrate, whether or not there is an official
-            test set; where there is none, `test_fraction` times as many after those are held out
-            (of a whole pool its last). Only the order inside each part is random.
+    name                  digits, mnist, fashion_mnist, cifar10, cifar100, synthetic, or `npz:PATH`
+                          with arrays x_train, y_train and optionally x_test, y_test
+    root                  a folder with the files already on disk; None or "" means the environment
+                          variable DATA_ROOT and, where that is not set either, a checked download
+                          into data/downloads
+    seed                  of all draws
+    calibration_fraction  share that calibrates [1]
+    test_fraction         share held out, where there is no official test set [1]
+    n_samples             keep a stratified random subset of the pool of this size first, 0 for all
+                          [examples]; for `synthetic`, draw that many
+    order                 "random", or "published" to draw nothing: of the first `n_samples` of the
+                          pool as published the first train and the next calibrate, whether or not
+                          there is an official test set; where there is none, `test_fraction` times
+                          as many after those are held out (of a whole pool its last). Only the
+                          order inside each part is random.
 
-    Returns:
-        A Dataset. Its `info` holds name, source, licence, sha256 of each file read,
-        matches_published (do all files equal the published ones? None where nothing is published),
-        input_shape, n_classes, class_names (or None), inputs (a sentence), sizes, split (a
-        sentence), seed, and duplicates_across_parts: the calibration examples whose input
-        occurs byte for byte in train, plus the held-out examples whose input occurs in train or
-        calibration.
+    Returns a Dataset. Its `info` holds name, source, licence, sha256 of each file read,
+    matches_published (do all files equal the published ones? None where nothing is published),
+    input_shape, n_classes, class_names (or None), inputs (a sentence), sizes, split (a sentence),
+    seed, and duplicates_across_parts: the calibration examples whose input occurs byte for byte in
+    train, plus the held-out examples whose input occurs in train or calibration.
 
-    Raises:
-        FileNotFoundError: no such file or folder, no mirror within reach.
-        ValueError: unknown name, truncated, corrupt or swapped file, NaN, labels that are not
-            0..K-1, fewer than 3 examples in a class, arguments out of range.
+    Raises FileNotFoundError for no such file or folder, no mirror within reach; ValueError for an
+    unknown name, truncated, corrupt or swapped file, NaN, labels that are not 0..K-1, fewer than 3
+    examples in a class, arguments out of range.
 
-    Example:
-        >>> data = load_dataset("digits", seed=0)
-        >>> tuple(data.x_train.shape), data.info["sizes"]["test"]
-        ((1079, 1, 8, 8), 359)
+    >>> data = load_dataset("digits", seed=0)
+    >>> tuple(data.x_train.shape), data.info["sizes"]["test"]
+    ((1079, 1, 8, 8), 359)
     """
     _check_whole("seed", seed, LARGEST_SEED)
     _check_whole("n_samples", n_samples, LARGEST_SAMPLE)
@@ -131,7 +125,7 @@ def load_dataset(
     source = read_source(name, root, seed, n_samples)
     n_classes = _count_classes(source)
     official = source.x_test is not None
-    random = np.random.RandomState(seed)
+    random = split_generator("split", seed)
     rows = split_pool(
         source.y,
         0 if name == "synthetic" else n_samples,
@@ -141,7 +135,7 @@ def load_dataset(
         random,
     )
     parts = {part: (source.x[chosen], source.y[chosen]) for part, chosen in rows.items()}
-    if official:
+    if source.x_test is not None and source.y_test is not None:
         shuffled = random.permutation(len(source.y_test))
         parts["test"] = (source.x_test[shuffled], source.y_test[shuffled])
     sizes = {part: len(y) for part, (_, y) in parts.items()}

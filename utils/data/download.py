@@ -27,18 +27,14 @@ def download(published: PublishedSet, folder: Path) -> None:
 
     One process downloads while others wait for it.
 
-    Args:
-        published: the set, with its mirrors and checksums.
-        folder: where its files belong; `folder`.tmp beside it is used meanwhile and removed.
+    published  the set, with its mirrors and checksums
+    folder     where its files belong; `folder`.tmp beside it is used meanwhile and removed
 
-    Raises:
-        FileNotFoundError: no mirror has a file.
-        OSError: the folder cannot be written.
+    Raises FileNotFoundError where no mirror has a file; OSError where the folder cannot be written.
 
-    Example:
-        >>> import tempfile
-        >>> nothing = PublishedSet("nowhere", "none", class_names=[], files={})
-        >>> download(nothing, Path(tempfile.gettempdir()))  # nothing is missing: nothing is fetched
+    >>> import tempfile
+    >>> nothing = PublishedSet("nowhere", "none", class_names=[], files={})
+    >>> download(nothing, Path(tempfile.gettempdir()))  # nothing is missing: nothing is fetched
     """
     if not missing_files(published, folder):
         return
@@ -55,14 +51,12 @@ def download(published: PublishedSet, folder: Path) -> None:
 def missing_files(published: PublishedSet, folder: Path) -> list[str]:
     """The files of a set that a folder lacks or holds with another content.
 
-    Args:
-        published: the set.
-        folder: where they should be.
+    published  the set
+    folder     where they should be
 
-    Example:
-        >>> nothing = PublishedSet("nowhere", "none", class_names=[], files={})
-        >>> missing_files(nothing, Path("."))
-        []
+    >>> nothing = PublishedSet("nowhere", "none", class_names=[], files={})
+    >>> missing_files(nothing, Path("."))
+    []
     """
     missing = []
     for file in published.files:
@@ -97,7 +91,7 @@ def _from_any_mirror(name: str, files: list[str], published: PublishedSet, folde
                 _take(file, Path(stored), published, folder)
             return
         except Exception as error:  # the network, the disk, or damage anywhere in gzip, zlib or tar
-            if getattr(error, "errno", None) in DISK_TROUBLE:
+            if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
                 raise OSError(
                     f"{folder} cannot hold {name} ({error.strerror}): make room in it."
                 ) from None
@@ -116,7 +110,8 @@ def _take(file: str, stored: Path, published: PublishedSet, folder: Path) -> Non
     if published.archive:
         length = published.files[file]["bytes"]
         with tarfile.open(stored) as archive:
-            content = archive.extractfile(file).read(length + 1)
+            member = archive.extractfile(file)
+            content = member.read(length + 1) if member else b""
     else:
         content = stored.read_bytes()
     if not published.is_published(content, file):

@@ -21,20 +21,18 @@ REGISTRY = ROOT / "data" / "registry.json"
 class PublishedSet:
     """One data set of the registry.
 
-    Attributes:
-        source: where it comes from, a phrase for readers.
-        licence: its licence, a phrase for readers.
-        class_names: name of every class, in the order of the labels.
-        files: name of each file -> {"bytes": length, "sha256": checksum}, both uncompressed.
-        mirrors: addresses that end in "/", in the order in which they are tried.
-        archive: name of the archive that holds the files; "" where each is downloaded by itself.
-        archive_hash: checksum of the archive as it is downloaded, "md5:..." or "sha256:..."; None
-            where the registry has none.
-        owner: checksum -> name of the file published with it, over all sets of the registry.
+    source        where it comes from, a phrase for readers
+    licence       its licence, a phrase for readers
+    class_names   name of every class, in the order of the labels
+    files         name of each file -> {"bytes": length, "sha256": checksum}, both uncompressed
+    mirrors       addresses that end in "/", in the order in which they are tried
+    archive       name of the archive that holds the files; "" where each is downloaded by itself
+    archive_hash  checksum of the archive as it is downloaded, "md5:..." or "sha256:..."; None where
+                  the registry has none
+    owner         checksum -> name of the file published with it, over all sets of the registry
 
-    Example:
-        >>> published_set("mnist").licence
-        'CC BY-SA 3.0'
+    >>> published_set("mnist").licence
+    'CC BY-SA 3.0'
     """
 
     source: str
@@ -51,13 +49,11 @@ class PublishedSet:
 
         At most one byte more than the published length is unpacked, whatever a mirror sends.
 
-        Args:
-            content: the bytes, compressed where the name of the file says so.
-            file: name of a file of this set.
+        content  the bytes, compressed where the name of the file says so
+        file     name of a file of this set
 
-        Example:
-            >>> published_set("cifar100").is_published(b"", "cifar-100-binary/test.bin")
-            False
+        >>> published_set("cifar100").is_published(b"", "cifar-100-binary/test.bin")
+        False
         """
         expected = self.files[file]
         try:
@@ -71,19 +67,17 @@ class PublishedSet:
 class PublishedFolder:
     """The files of one set in a folder, and what was found out about those that were read.
 
-    Attributes:
-        path: the folder.
-        published: what the registry says of the set.
-        checksums: file -> sha256 of the file as it lies there, of every file read so far.
-        all_published: are all files read so far the published ones?
+    path           the folder
+    published      what the registry says of the set
+    checksums      file -> sha256 of the file as it lies there, of every file read so far
+    all_published  are all files read so far the published ones?
 
-    Example:
-        >>> import sklearn
-        >>> bundled = Path(sklearn.__file__).parent / "datasets" / "data"
-        >>> folder = PublishedFolder(bundled, published_set("digits"))
-        >>> content = folder.read("digits.csv.gz")
-        >>> len(content), folder.about("digits")["matches_published"]
-        (264712, True)
+    >>> import sklearn
+    >>> bundled = Path(sklearn.__file__).parent / "datasets" / "data"
+    >>> folder = PublishedFolder(bundled, published_set("digits"))
+    >>> content = folder.read("digits.csv.gz")
+    >>> len(content), folder.about("digits")["matches_published"]
+    (264712, True)
     """
 
     path: Path
@@ -101,12 +95,10 @@ class PublishedFolder:
         A file may differ from the published one, a smaller selection for instance, but not be
         another published file, and not have the published length and another content.
 
-        Args:
-            file: name of a file of the set.
+        file  name of a file of the set
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is damaged or stands under the wrong name.
+        Raises FileNotFoundError where there is no such file; ValueError where it is damaged or
+        stands under the wrong name.
         """
         if not self.has(file):
             raise FileNotFoundError(
@@ -132,8 +124,7 @@ class PublishedFolder:
     def about(self, name: str) -> dict:
         """The part of a data set's `info` that says where it comes from.
 
-        Args:
-            name: of the data set.
+        name  of the data set
         """
         return {
             "name": name,
@@ -148,12 +139,10 @@ class PublishedFolder:
 def published_set(name: str) -> PublishedSet:
     """What the registry says of one data set.
 
-    Args:
-        name: a name that stands in data/registry.json.
+    name  a name that stands in data/registry.json
 
-    Example:
-        >>> published_set("cifar10").archive
-        'cifar-10-binary.tar.gz'
+    >>> published_set("cifar10").archive
+    'cifar-10-binary.tar.gz'
     """
     registry = json.loads(REGISTRY.read_text(encoding="utf-8"))
     owner = {
@@ -165,11 +154,10 @@ def published_set(name: str) -> PublishedSet:
 
 
 def sha256(content: bytes) -> str:
-    """The SHA-256 of bytes, in hexadecimal digits.
+    """The SHA-256 of some bytes of content, in hexadecimal digits.
 
-    Example:
-        >>> sha256(b"abc")[:8]
-        'ba7816bf'
+    >>> sha256(b"abc")[:8]
+    'ba7816bf'
     """
     return hashlib.sha256(content).hexdigest()
 
@@ -177,17 +165,14 @@ def sha256(content: bytes) -> str:
 def uncompressed(content: bytes, file: str, limit: int = -1) -> bytes:
     """The content of a file without its compression.
 
-    Args:
-        content: the bytes of the file as it lies on a disk.
-        file: its name; the ending .gz says that it is compressed.
-        limit: stop after that many bytes; -1 for all.
+    content  the bytes of the file as it lies on a disk
+    file     its name; the ending .gz says that it is compressed
+    limit    stop after that many bytes; -1 for all
 
-    Raises:
-        ValueError: it should be compressed and is truncated or something else.
+    Raises ValueError where it should be compressed and is truncated or something else.
 
-    Example:
-        >>> uncompressed(gzip.compress(b"abc"), "letters.gz")
-        b'abc'
+    >>> uncompressed(gzip.compress(b"abc"), "letters.gz")
+    b'abc'
     """
     if not file.endswith(".gz"):
         return content

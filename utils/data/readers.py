@@ -27,14 +27,13 @@ Pair = tuple[np.ndarray, np.ndarray]
 class Source:
     """What a reader found.
 
-    Attributes:
-        x: inputs (n, ...) of the pool, float32 or uint8.
-        y: labels (n,) of the pool, int64.
-        about: name, source, licence, sha256, matches_published, class_names; plain JSON.
-        x_test: inputs of the official test set, None where there is none.
-        y_test: its labels.
-        white: the largest value of uint8 inputs.
-        note: what a reader of the split should know, ending in "; ", or "".
+    x       inputs (n, ...) of the pool, float32 or uint8
+    y       labels (n,) of the pool, int64
+    about   name, source, licence, sha256, matches_published, class_names; plain JSON
+    x_test  inputs of the official test set, None where there is none
+    y_test  its labels
+    white   the largest value of uint8 inputs
+    note    what a reader of the split should know, ending in "; ", or ""
     """
 
     x: np.ndarray
@@ -49,20 +48,17 @@ class Source:
 def read_source(name: str, root: str | os.PathLike | None, seed: int, n_samples: int) -> Source:
     """Read and check one data set, unsplit.
 
-    Args:
-        name: one of NAMES, or `npz:PATH`.
-        root: folder with the files; None or "" for the environment variable DATA_ROOT, or
-            a download.
-        seed: of the draw, for `synthetic`.
-        n_samples: examples to draw, for `synthetic`; 0 for its usual size.
+    name       one of NAMES, or `npz:PATH`
+    root       folder with the files; None or "" for the environment variable DATA_ROOT, or a
+               download
+    seed       of the draw, for `synthetic`
+    n_samples  examples to draw, for `synthetic`; 0 for its usual size
 
-    Raises:
-        FileNotFoundError: a file, or a folder, or a way to download it, is missing.
-        ValueError: the name is unknown or a file is damaged, swapped or of another format.
+    Raises FileNotFoundError where a file, or a folder, or a way to download it, is missing;
+    ValueError where the name is unknown or a file is damaged, swapped or of another format.
 
-    Example:
-        >>> read_source("digits", None, seed=0, n_samples=0).x.shape
-        (1797, 1, 8, 8)
+    >>> read_source("digits", None, seed=0, n_samples=0).x.shape
+    (1797, 1, 8, 8)
     """
     if isinstance(name, str) and name.startswith("npz:"):
         return read_npz(name.removeprefix("npz:"))
@@ -85,22 +81,18 @@ def read_source(name: str, root: str | os.PathLike | None, seed: int, n_samples:
 def parse_idx(content: bytes, file: str, ndim: int) -> np.ndarray:
     """An array of unsigned bytes in the idx format.
 
-    Args:
-        content: magic number 0 0 8 ndim, `ndim` big-endian sizes of 4 bytes, then the values.
-        file: its name, for messages.
-        ndim: 3 for images, 1 for labels.
+    content  magic number 0 0 8 ndim, `ndim` big-endian sizes of 4 bytes, then the values
+    file     its name, for messages
+    ndim     3 for images, 1 for labels
 
-    Returns:
-        Array uint8, read-only.
+    Returns an array uint8, read-only.
 
-    Raises:
-        ValueError: another format, or another length than the header announces.
+    Raises ValueError for another format, or another length than the header announces.
 
     Source: LeCun, Cortes, Burges, the MNIST database, "File formats".
 
-    Example:
-        >>> parse_idx(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]), "labels", 1).tolist()
-        [7, 9]
+    >>> parse_idx(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]), "labels", 1).tolist()
+    [7, 9]
     """
     header = 4 + 4 * ndim
     if content[:4] != bytes([0, 0, 8, ndim]) or len(content) < header:
@@ -122,23 +114,19 @@ def parse_idx(content: bytes, file: str, ndim: int) -> np.ndarray:
 def parse_cifar(content: bytes, file: str, label_bytes: int) -> Pair:
     """Images and labels of a binary CIFAR file.
 
-    Args:
-        content: records of `label_bytes` labels, of which the last counts, and 3 x 32 x 32 pixels.
-        file: its name, for messages.
-        label_bytes: 1 for CIFAR-10, 2 for CIFAR-100 (coarse, fine).
+    content      records of `label_bytes` labels, of which the last counts, and 3 x 32 x 32 pixels
+    file         its name, for messages
+    label_bytes  1 for CIFAR-10, 2 for CIFAR-100 (coarse, fine)
 
-    Returns:
-        x (n, 3, 32, 32) and y (n,), both uint8.
+    Returns x (n, 3, 32, 32) and y (n,), both uint8.
 
-    Raises:
-        ValueError: the length is no multiple of a record's.
+    Raises ValueError where the length is no multiple of a record's.
 
     Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html, "Binary version".
 
-    Example:
-        >>> x, y = parse_cifar(bytes([6]) + bytes(3072), "one.bin", 1)
-        >>> x.shape, y.tolist()
-        ((1, 3, 32, 32), [6])
+    >>> x, y = parse_cifar(bytes([6]) + bytes(3072), "one.bin", 1)
+    >>> x.shape, y.tolist()
+    ((1, 3, 32, 32), [6])
     """
     length = label_bytes + CIFAR_PIXELS
     if not content or len(content) % length:
@@ -154,20 +142,16 @@ def parse_cifar(content: bytes, file: str, label_bytes: int) -> Pair:
 def read_npz(path: str) -> Source:
     """Your own arrays x_train, y_train and optionally x_test, y_test.
 
-    Args:
-        path: an .npz file; ~ stands for the home folder.
+    path  an .npz file; ~ stands for the home folder
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, holds pickled objects, or arrays that are no examples with
-            labels.
+    Raises FileNotFoundError where there is no such file; ValueError where it is damaged, holds
+    pickled objects, or arrays that are no examples with labels.
 
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "mine.npz"
-        >>> np.savez(file, x_train=np.zeros((6, 2)), y_train=np.arange(6) % 2)
-        >>> read_npz(str(file)).x.shape
-        (6, 2)
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "mine.npz"
+    >>> np.savez(file, x_train=np.zeros((6, 2)), y_train=np.arange(6) % 2)
+    >>> read_npz(str(file)).x.shape
+    (6, 2)
     """
     file = Path(path).expanduser()
     if not path or not file.is_file():
@@ -209,7 +193,7 @@ def _folder(root: str | os.PathLike | None, published: PublishedSet) -> Path:
 
 def _read_digits(published: PublishedSet) -> Source:
     """The digits of scikit-learn, x (1797, 1, 8, 8) with whole numbers 0..16."""
-    folder = package_files("sklearn.datasets") / "data"
+    folder = Path(str(package_files("sklearn.datasets"))) / "data"
     files = PublishedFolder(folder, published)
     for file in published.files:
         files.read(file)
@@ -280,7 +264,7 @@ def _known_labels(y: np.ndarray, file: str, files: PublishedFolder) -> np.ndarra
 
 def _drawn(seed: int, n: int) -> Source:
     x, y = synthetic.synthetic_examples(n, synthetic.DATASET_STREAM, seed)
-    about = {
+    about: dict = {
         "name": "synthetic",
         "source": f"{synthetic.CLASSES} Gaussian classes with fixed means and standard deviation "
         f"{synthetic.NOISE}, drawn by utils/data.py",

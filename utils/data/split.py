@@ -25,27 +25,23 @@ def split_pool(
 ) -> dict[str, Rows]:
     """Choose `n_samples` examples of a pool, then split them.
 
-    Args:
-        y: labels (n,) of the pool, integers 0..K-1.
-        n_samples: size of what is split, 0 for the whole pool [examples]. With `order` "published"
-            what is held out comes after these.
-        calibration_fraction: share that calibrates [1].
-        test_fraction: share that is held out [1]; None where there is a test set elsewhere.
-        order: "random", or "published" to draw nothing.
-        random: the source of all draws.
+    y                     labels (n,) of the pool, integers 0..K-1
+    n_samples             size of what is split, 0 for the whole pool [examples]. With `order`
+                          "published" what is held out comes after these.
+    calibration_fraction  share that calibrates [1]
+    test_fraction         share that is held out [1]; None where there is a test set elsewhere
+    order                 "random", or "published" to draw nothing
+    random                the source of all draws
 
-    Returns:
-        Row numbers into `y` of the parts train, calibration and test, disjoint, each in random
-        order.
+    Returns row numbers into `y` of the parts train, calibration and test, disjoint, each in random
+    order.
 
-    Raises:
-        ValueError: the pool is too small for what is asked.
+    Raises ValueError where the pool is too small for what is asked.
 
-    Example:
-        >>> y = np.arange(40) % 2
-        >>> parts = split_pool(y, 20, 0.2, 0.2, "random", np.random.RandomState(0))
-        >>> {part: len(rows) for part, rows in parts.items()}
-        {'train': 12, 'calibration': 4, 'test': 4}
+    >>> y = np.arange(40) % 2
+    >>> parts = split_pool(y, 20, 0.2, 0.2, "random", np.random.RandomState(0))
+    >>> {part: len(rows) for part, rows in parts.items()}
+    {'train': 12, 'calibration': 4, 'test': 4}
     """
     kept = np.arange(len(y))
     if n_samples and order == "published":
@@ -74,22 +70,19 @@ def split_rows(
 ) -> tuple[Rows, Rows, Rows]:
     """Disjoint row numbers (train, calibration, held out), together all of 0..n-1.
 
-    Args:
-        y: labels (n,).
-        calibration_fraction: share that calibrates; n times it is rounded [1].
-        test_fraction: share that is held out [1]; None for nobody.
-        random: the source of all draws.
-        order: "random" draws parts stratified by y; with "published" the parts follow each
-            other, and only the order inside each is random.
+    y                     labels (n,)
+    calibration_fraction  share that calibrates; n times it is rounded [1]
+    test_fraction         share that is held out [1]; None for nobody
+    random                the source of all draws
+    order                 "random" draws parts stratified by y; with "published" the parts follow
+                          each other, and only the order inside each is random
 
-    Raises:
-        ValueError: a part would be smaller than the number of classes.
+    Raises ValueError where a part would be smaller than the number of classes.
 
-    Example:
-        >>> y = np.repeat([0, 1], 10)
-        >>> parts = split_rows(y, 0.2, 0.2, np.random.RandomState(0))
-        >>> [np.bincount(y[part]).tolist() for part in parts]
-        [[6, 6], [2, 2], [2, 2]]
+    >>> y = np.repeat([0, 1], 10)
+    >>> parts = split_rows(y, 0.2, 0.2, np.random.RandomState(0))
+    >>> [np.bincount(y[part]).tolist() for part in parts]
+    [[6, 6], [2, 2], [2, 2]]
     """
     n_test = round((test_fraction or 0) * len(y))
     n_calibration = round(calibration_fraction * len(y))
@@ -119,19 +112,16 @@ def split_rows(
 def check_classes(y: np.ndarray, n_classes: int, remedy: str = "") -> None:
     """Refuse labels in which a class has fewer than 3 examples, one for each part.
 
-    Args:
-        y: labels (n,), integers 0..K-1.
-        n_classes: K.
-        remedy: what to do about it, for the message; "" for a remedy that fits the labels.
+    y          labels (n,), integers 0..K-1
+    n_classes  K
+    remedy     what to do about it, for the message; "" for a remedy that fits the labels
 
-    Raises:
-        ValueError: a class has fewer than 3 examples.
+    Raises ValueError where a class has fewer than 3 examples.
 
-    Example:
-        >>> check_classes(np.array([0, 0, 0, 1, 1]), 2)
-        Traceback (most recent call last):
-        ...
-        ValueError: Class 1 of 0 to 1 has 2 examples, fewer than the 3 that a split into three \
+    >>> check_classes(np.array([0, 0, 0, 1, 1]), 2)
+    Traceback (most recent call last):
+    ...
+    ValueError: Class 1 of 0 to 1 has 2 examples, fewer than the 3 that a split into three \
 parts needs: add examples of it or drop it.
     """
     counts = np.bincount(y, minlength=n_classes)
@@ -150,17 +140,15 @@ parts needs: add examples of it or drop it.
 def split_sentence(sizes: dict[str, int], pool: str, official: bool, order: str, seed: int) -> str:
     """How a data set was split, in words.
 
-    Args:
-        sizes: examples in each part, by the keys train, calibration and test.
-        pool: what was split, with any notes before it.
-        official: is the test part an official test set?
-        order: "random" or "published".
-        seed: of all draws.
+    sizes     examples in each part, by the keys train, calibration and test
+    pool      what was split, with any notes before it
+    official  is the test part an official test set?
+    order     "random" or "published"
+    seed      of all draws
 
-    Example:
-        >>> sizes = {"train": 6, "calibration": 2, "test": 2}
-        >>> split_sentence(sizes, "the pool", False, "random", 0)
-        'The pool split at random into 6 train, 2 calibration and 2 held-out samples, stratified \
+    >>> sizes = {"train": 6, "calibration": 2, "test": 2}
+    >>> split_sentence(sizes, "the pool", False, "random", 0)
+    'The pool split at random into 6 train, 2 calibration and 2 held-out samples, stratified \
 by class, seed 0.'
     """
     parts = "{train} train, {calibration} calibration and {test} held-out samples"

@@ -1,8 +1,4 @@
-"""A synthetic population that is known exactly: Gaussian classes with fixed means.
-
-Streams of random numbers, all by `numpy.random.default_rng`: 20240917 for the class means,
-[0, seed] for the data set of a seed, [1, seed] for fresh draws of a seed. They never meet.
-"""
+"""A synthetic population that is known exactly: Gaussian classes with fixed means."""
 
 from __future__ import annotations
 
@@ -10,48 +6,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.run.streams import numpy_generator
+
 SHAPE = (1, 8, 8)
 CLASSES = 4
 NOISE = 0.5  # standard deviation of every pixel around its class mean
 SPREAD = 0.15  # standard deviation of the entries of the class means
 SIZE = 2000  # examples of the data set where nobody says how many
 
-DATASET_STREAM = 0
-FRESH_STREAM = 1
+DATASET_STREAM = "synthetic data set"
+FRESH_STREAM = "synthetic draw"
 MEANS_SEED = 20240917
 
 
 def class_means() -> np.ndarray:
     """The means of the classes, the same for every seed, so that there is one population.
 
-    Returns:
-        Array (K, C, H, W) float64.
+    Returns an array (K, C, H, W) float64.
 
-    Example:
-        >>> class_means().shape
-        (4, 1, 8, 8)
+    >>> class_means().shape
+    (4, 1, 8, 8)
     """
-    random = np.random.default_rng(MEANS_SEED)
+    random = numpy_generator("class means", MEANS_SEED)
     return SPREAD * random.standard_normal((CLASSES, *SHAPE))
 
 
-def synthetic_examples(n: int, stream: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def synthetic_examples(n: int, stream: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """n independent examples of the population, as arrays.
 
-    Args:
-        n: number of examples.
-        stream: DATASET_STREAM or FRESH_STREAM; two streams share no random number.
-        seed: selects the draw within its stream.
+    n       number of examples
+    stream  DATASET_STREAM or FRESH_STREAM; two streams share no random number
+    seed    selects the draw within its stream
 
-    Returns:
-        x (n, C, H, W) float32 and y (n,) int64.
+    Returns x (n, C, H, W) float32 and y (n,) int64.
 
-    Example:
-        >>> x, y = synthetic_examples(3, DATASET_STREAM, seed=0)
-        >>> x.shape, y.shape
-        ((3, 1, 8, 8), (3,))
+    >>> x, y = synthetic_examples(3, DATASET_STREAM, seed=0)
+    >>> x.shape, y.shape
+    ((3, 1, 8, 8), (3,))
     """
-    random = np.random.default_rng([stream, seed])
+    random = numpy_generator(stream, seed)
     y = random.integers(CLASSES, size=n)
     noise = random.standard_normal((n, *SHAPE))
     x = class_means()[y] + NOISE * noise
@@ -64,17 +57,14 @@ def synthetic_draw(n: int, seed: int) -> tuple[Tensor, Tensor]:
     They are independent of that data set. The mean loss of a classifier over them is an unbiased
     estimate of its population loss, with standard error (spread of the losses) / sqrt(n).
 
-    Args:
-        n: number of examples.
-        seed: of the draw; no seed repeats an example of any `load_dataset("synthetic")`.
+    n     number of examples
+    seed  of the draw; no seed repeats an example of any `load_dataset("synthetic")`
 
-    Returns:
-        x (n, 1, 8, 8) float32 and y (n,) int64.
+    Returns x (n, 1, 8, 8) float32 and y (n,) int64.
 
-    Example:
-        >>> x, y = synthetic_draw(5, seed=0)
-        >>> x.dtype, tuple(y.shape)
-        (torch.float32, (5,))
+    >>> x, y = synthetic_draw(5, seed=0)
+    >>> x.dtype, tuple(y.shape)
+    (torch.float32, (5,))
     """
     x, y = synthetic_examples(n, FRESH_STREAM, seed)
     return torch.from_numpy(x), torch.from_numpy(y)
@@ -86,18 +76,15 @@ def synthetic_teacher(x: Tensor) -> Tensor:
     With equal priors and x | y ~ N(mu_y, s^2 I), Bayes' rule gives the logits
     <mu_k, x> / s^2 - |mu_k|^2 / (2 s^2). No classifier has a smaller mean cross-entropy.
 
-    Args:
-        x: inputs (n, 1, 8, 8).
+    x  inputs (n, 1, 8, 8)
 
-    Returns:
-        Logits (n, K) float64 [nat].
+    Returns logits (n, K) float64 [nat].
 
     Source: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, section 4.3.
 
-    Example:
-        >>> x, y = synthetic_draw(1000, seed=0)
-        >>> round((synthetic_teacher(x).argmax(1) == y).double().mean().item(), 2)
-        0.87
+    >>> x, y = synthetic_draw(1000, seed=0)
+    >>> round((synthetic_teacher(x).argmax(1) == y).double().mean().item(), 2)
+    0.87
     """
     means = torch.from_numpy(class_means()).flatten(1)  # (K, d)
     projections = x.double().flatten(1) @ means.T  # (n, K)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def hessian_block_norms(
     max_steps: int = 20,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-    **options,
+    **options: Any,
 ) -> BlockNorms:
     """The norm of H_k[g, g'] for every pair of groups of parameters.
 

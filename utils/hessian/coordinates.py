@@ -63,7 +63,7 @@ class Coordinates:
         return torch.cat([t.reshape(-1) for t in self.point.values()])
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
-        """(..., P) -> tensors by name, leading axes kept."""
+        """v (..., P) -> tensors by name, leading axes kept."""
         parts = v.split([t.numel() for t in self.point.values()], dim=-1)
         pairs = zip(parts, self.point.items(), strict=True)
         return {n: part.reshape((*v.shape[:-1], *t.shape)) for part, (n, t) in pairs}
@@ -74,13 +74,15 @@ class Coordinates:
         leading: tuple[int, ...] = (),
         out: Tensor | None = None,
     ) -> Tensor:
-        """The inverse of `unflatten`, (*leading, P), into `out` if given; None stands for 0."""
+        """The inverse of `unflatten`: tensors by name as (*leading, P), into `out` if given; None
+        stands for 0."""
         if out is None:
             out = next(iter(self.point.values())).new_empty(*leading, self.P)
         parts = out.split([t.numel() for t in self.point.values()], dim=-1)
         for part, name in zip(parts, self.point, strict=True):
-            if tensors[name] is None:
+            t = tensors[name]
+            if t is None:
                 part.zero_()
             else:
-                part.copy_(tensors[name].reshape(*leading, -1))
+                part.copy_(t.reshape(*leading, -1))
         return out

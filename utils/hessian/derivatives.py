@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from utils.hessian.losses import Losses
 
 
 def per_sample_losses(
-    model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy", **options
+    model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy", **options: Any
 ) -> Tensor:
     """Losses l_i(w) of the examples as (n,) float64 on the CPU [nat].
 
@@ -28,7 +30,7 @@ def per_sample_losses(
 
 
 def per_sample_gradients(
-    model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy", **options
+    model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy", **options: Any
 ) -> Tensor:
     """Gradients (n, P) of the examples' losses.
 
@@ -49,7 +51,7 @@ def hessian_vector_product(
     loss: str = "cross_entropy",
     *,
     part: str = "full",
-    **options,
+    **options: Any,
 ) -> Tensor:
     """H v (P,), H the Hessian of the mean loss of the examples.
 
@@ -76,7 +78,7 @@ def per_sample_hessian_vector_product(
     loss: str = "cross_entropy",
     *,
     part: str = "full",
-    **options,
+    **options: Any,
 ) -> Tensor:
     """h_i v_i (n, P), the Hessian of every example times a vector of its own.
 
@@ -100,7 +102,7 @@ def dense_hessian(
     loss: str = "cross_entropy",
     *,
     part: str = "full",
-    **options,
+    **options: Any,
 ) -> Tensor:
     """The Hessian (P, P) of the mean loss, by P products: for small networks and tests.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def hessian_difference_norms(
     tolerance: float = 1e-3,
     max_steps: int = 60,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> DifferenceNorms:
     """Norms of H_k and of the exact differences H_{k+1} - H_k = (h_{k+1} - H_k)/(k+1), H_k - H_n.
 
@@ -85,7 +86,7 @@ def hessian_difference_norms(
     start = uniform_start((losses.P,), losses, seed)
     ones = losses.w.new_ones(n)
 
-    def norm(rows, weights):
+    def norm(rows: Tensor, weights: Tensor) -> NormEstimate:
         H = losses.hessian(rows=rows, weights=weights)
         return operator_norm(
             H, start, tolerance=tolerance, max_steps=max_steps, engine=losses.engine

@@ -14,6 +14,7 @@ Forward over `jacrev` is none of them: through `F.layer_norm` it is silently wro
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,10 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from utils.networks.contract import second_order_mode
 from utils.networks.losses import logits, loss_from_logits
+from utils.run.streams import generator
 
 ENGINES = ("jvp(grad)", "double backward", "loop over examples")
 PARTS = ("full", "gauss_newton", "functional")
-PROBE = 0x5EED_0F_5411  # seed of the random directions that test an engine
 
 Point = dict[str, Tensor]
 
@@ -56,24 +57,29 @@ class Logits(nn.Module):
 
 
 class Differentiation:
-    """The derivatives of one module's losses; `engine` is set by `choose`."""
+    """The derivatives of one module's losses; `engine` is set by `choose`, "" before.
+
+    point is the parameters by name, x (n, ...) inputs, y (n,) labels, part "full", "gauss_newton"
+    or "functional", in every method.
+    """
 
     def __init__(self, model: nn.Module, loss: str):
         self.net = Logits(model)
         self.loss = loss
-        self.engine: str | None = None
+        self.engine = ""
 
     def logits(self, point: Point, x: Tensor) -> Tensor:
-        """The module's output (n, K) for x (n, ...), the parameters in `point` in their place."""
+        """The module's output (n, K) for x, the parameters in `point` in their place."""
         x = x.clone()  # a module may work on its input in place
         return functional_call(self.net, {f"net.{n}": t for n, t in point.items()}, (x,))
 
     def losses(self, point: Point, x: Tensor, y: Tensor) -> Tensor:
-        """Losses (n,) of x (n, ...) and y (n,)."""
+        """Losses (n,) at `point` of x and y."""
         return loss_from_logits(self.logits(point, x), y, self.loss)
 
     def gradient(self, point: Point, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Point]:
-        """The sum of the losses times `weights` (n,), and its gradient by name."""
+        """The sum of the losses of x and y at `point` times `weights` (n,), and its gradient by
+        name."""
         with torch.enable_grad(), second_order_mode():
             leaves = {n: t.clone().requires_grad_(True) for n, t in point.items()}
             value = self.losses(leaves, x, y) @ weights
@@ -81,9 +87,9 @@ class Differentiation:
         return value.detach(), dict(zip(leaves, parts, strict=True))
 
     def example_gradients(self, point: Point, x: Tensor, y: Tensor) -> Point:
-        """The gradient of every example, by name, examples first."""
+        """The gradient at `point` of every example of x and y, by name, examples first."""
 
-        def one(a, b):
+        def one(a: Tensor, b: Tensor) -> Point:
             return grad(lambda q: self.losses(q, a[None], b[None])[0])(point)
 
         return self._each(one, x, y)
@@ -91,16 +97,18 @@ class Differentiation:
     def product(
         self, point: Point, direction: Point, x: Tensor, y: Tensor, part: str, weights: Tensor
     ) -> Point:
-        """H v by name: H of the sum of the losses times `weights` (n,), v `direction`."""
+        """H v by name at `point`: H, or a `part` of it, of the sum of the losses of x and y times
+        `weights` (n,), v `direction`."""
         with second_order_mode():
             return self._product(point, direction, x, y, part, weights)
 
     def products(
         self, point: Point, directions: Point, x: Tensor, y: Tensor, part: str, weights: Tensor
     ) -> Point:
-        """`product` for many directions (m, ...) side by side."""
+        """`product` (point, x, y, part, weights as there) for many directions (m, ...) side by
+        side."""
 
-        def one(direction):
+        def one(direction: Point) -> Point:
             return self._product(point, direction, x, y, part, weights)
 
         return self._each(one, directions)
@@ -108,24 +116,25 @@ class Differentiation:
     def example_products(
         self, point: Point, directions: Point, x: Tensor, y: Tensor, part: str
     ) -> Point:
-        """h_i v_i by name, examples first, as the directions have it."""
+        """h_i v_i by name, examples of x and y first, as the directions have it; point and part as
+        in `product`."""
         one_weight = next(iter(point.values())).new_ones(1)
 
-        def one(direction, a, b):
+        def one(direction: Point, a: Tensor, b: Tensor) -> Point:
             return self._product(point, direction, a[None], b[None], part, one_weight)
 
         return self._each(one, directions, x, y)
 
     def choose(self, point: Point, x: Tensor, y: Tensor) -> str:
-        """Set `engine` to the first that works on x (n, ...), y (n,), and return it.
+        """Set `engine` to the first that works at `point` on x and y, and return it.
 
         Products that are no finite numbers say nothing against an engine: whoever uses them
         refuses them. Raises ValueError where no engine works.
         """
-        generator = torch.Generator().manual_seed(PROBE)
+        stream = generator("engine", 0)
         pair = []
         for _ in range(2):
-            noise = {n: torch.randn(t.shape, generator=generator) for n, t in point.items()}
+            noise = {n: torch.randn(t.shape, generator=stream) for n, t in point.items()}
             pair.append({n: v.to(point[n]).expand(len(x), *v.shape) for n, v in noise.items()})
         reason = "two products with it contradict each other"
         for self.engine in ENGINES:
@@ -138,10 +147,10 @@ class Differentiation:
                 continue
             if _symmetric(pair, *images):
                 return self.engine
-        self.engine = None
+        self.engine = ""
         raise ValueError(f"The model has no Hessian to be had ({reason}): replace that operation.")
 
-    def _each(self, one: Callable, *inputs) -> Point:
+    def _each(self, one: Callable, *inputs: Any) -> Point:
         """`one` of each example of the inputs, stacked."""
         with second_order_mode():
             if self.engine != "loop over examples":
@@ -151,11 +160,13 @@ class Differentiation:
             found = [one(*(_example(t, i) for t in inputs)) for i in range(count)]
         return {name: torch.stack([f[name] for f in found]) for name in found[0]}
 
-    def _product(self, point, direction, x, y, part, weights):
-        def value(q):
+    def _product(
+        self, point: Point, direction: Point, x: Tensor, y: Tensor, part: str, weights: Tensor
+    ) -> Point:
+        def value(q: Point) -> Tensor:
             return self.losses(q, x, y) @ weights
 
-        def of_logits(f):
+        def of_logits(f: Tensor) -> Tensor:
             return loss_from_logits(f, y, self.loss) @ weights
 
         full = {}
@@ -173,7 +184,7 @@ class Differentiation:
             return jvp(grad(value), (point,), (direction,))[1]
         return grad(lambda q: _inner(grad(value)(q), direction))(point)
 
-    def _tangent(self, function: Callable, point: Point, direction: Point):
+    def _tangent(self, function: Callable, point: Point, direction: Point) -> tuple[Tensor, Tensor]:
         """The function's value and its derivative along `direction`."""
         if self.engine == "jvp(grad)":
             return jvp(function, (point,), (direction,))
@@ -186,7 +197,7 @@ def _inner(a: Point, b: Point) -> Tensor:
     return sum((a[n] * b[n]).sum() for n in a)
 
 
-def _example(inputs: Tensor | Point, i: int):
+def _example(inputs: Tensor | Point, i: int) -> Any:
     if isinstance(inputs, dict):
         return {n: t[i] for n, t in inputs.items()}
     return inputs[i]

@@ -15,7 +15,9 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from utils.hessian.coordinates import Coordinates
 from utils.hessian.differentiation import refuse_not_finite
+from utils.run.streams import generator
 
 
 @dataclass
@@ -51,11 +53,12 @@ class Ritz:
         return torch.minimum(self.high.clamp_min(0), (-self.low).clamp_min(0)) + self.other
 
     def rows(self, which: Tensor) -> Ritz:
-        """The operators `which` alone."""
+        """The operators `which` (indices) alone."""
         return Ritz(*(getattr(self, f.name)[which] for f in fields(self)))
 
     def merge(self, which: Tensor, again: Ritz) -> None:
-        """A second run on the operators `which`: wider ends, the residual of the larger value."""
+        """A second run, `again`, on the operators `which`: wider ends, the residual of the larger
+        value."""
         before = self.rows(which)
         first = before.value >= again.value
         self.low[which] = torch.minimum(before.low, again.low)
@@ -129,10 +132,12 @@ def lanczos(
     rows = torch.arange(m, device=start.device)  # operators at work, in the order of the vectors
     alpha = start.new_zeros(m, max_steps)
     beta = start.new_zeros(m, max_steps)
-    result = Ritz(*(start.new_zeros(m) for _ in range(4)), rows * 0, rows < 0, alpha, beta)
+    ends = start.new_zeros(4, m)
+    result = Ritz(ends[0], ends[1], ends[2], ends[3], rows * 0, rows < 0, alpha, beta)
     eps = torch.finfo(start.dtype).eps
     tiny = 500 * eps if orthogonal else max(1e-9, 16 * eps)
     basis = _Basis(start, max_steps, orthogonal, room)
+    length = start.new_zeros(m)
     unit = None  # (m,) powers of two by which the operators are divided; None: none needs it
     normalise(start, out=basis.vector(0))
     for j in range(1, max_steps + 1):
@@ -146,7 +151,7 @@ def lanczos(
             z.div_(unit[rows, None])
         diagonal = _dots(v, z)
         if j > 1:
-            z.addcmul_(basis.vector(j - 2), length[:, None], value=-1)  # noqa: F821
+            z.addcmul_(basis.vector(j - 2), length[:, None], value=-1)
         z.addcmul_(v, diagonal[:, None], value=-1)
         basis.orthogonalise(z, j)
         length = z.norm(dim=1)
@@ -191,7 +196,12 @@ def _ritz(alpha: Tensor, beta: Tensor, exhausted: Tensor) -> Ritz:
 
 
 def power_of_two(z: Tensor) -> Tensor | None:
-    """Powers of two (m,) near the rows' largest entries where squares would leave the range."""
+    """Powers of two (m,) near the largest entries of the rows of z (m, P) where squares would
+    leave the range, else None.
+
+    >>> power_of_two(torch.tensor([[2.0**-70, 0.0]])).log2()
+    tensor([-69.])
+    """
     if in_range(z.norm(dim=1)):
         return None
     largest = z.abs().amax(1)
@@ -205,7 +215,12 @@ def power_of_two(z: Tensor) -> Tensor | None:
 
 
 def in_range(length: Tensor) -> bool:
-    """Whether the squares of all numbers that make up these lengths (m,) are normal numbers."""
+    """Whether the squares of all numbers that make up rows of this length (m,) are normal
+    numbers.
+
+    >>> in_range(torch.tensor([1.0])), in_range(torch.tensor([1e-20]))
+    (True, False)
+    """
     least = torch.finfo(length.dtype).tiny ** 0.25
     return bool(((length > least) & (length < 1 / least)).all())
 
@@ -250,7 +265,7 @@ def orthogonalise(z: Tensor, Q: Tensor) -> None:
 # --- starts, and what a uniform one certifies -----------------------------------------------------
 
 
-def uniform_start(shape: tuple[int, ...], losses, seed: int) -> Tensor:
+def uniform_start(shape: tuple[int, ...], losses: Coordinates, seed: int) -> Tensor:
     """Uniform directions (*shape) from a stream of their own, so independent of any weights.
 
     shape   of the result, coordinates last
@@ -261,8 +276,8 @@ def uniform_start(shape: tuple[int, ...], losses, seed: int) -> Tensor:
     >>> uniform_start((2, 5), SimpleNamespace(w=torch.zeros(5)), 0).shape
     torch.Size([2, 5])
     """
-    generator = torch.Generator().manual_seed(0x5EED_0F_1A7C05 + seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(losses.w)
+    stream = generator("lanczos start", seed)
+    return torch.randn(*shape, generator=stream, dtype=torch.float64).to(losses.w)
 
 
 def lanczos_epsilon(steps: int, P: int, failure: float) -> float:
@@ -286,7 +301,7 @@ def lanczos_epsilon(steps: int, P: int, failure: float) -> float:
         raise ValueError("The confidence asked for is not between 0 and 1: give one such as 0.95.")
     goal = math.log(failure / 2) - 0.5 * math.log(2 * P / math.pi)
 
-    def excess(eps):
+    def excess(eps: float) -> float:
         angle = 2 * (steps - 1) * math.atanh(math.sqrt(eps))
         log_cosh = angle + math.log1p(math.exp(-2 * angle)) - math.log(2)
         return 0.5 * math.log((1 - eps) / eps) - log_cosh - goal

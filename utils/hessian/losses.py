@@ -25,6 +25,7 @@ from utils.hessian.coordinates import Coordinates
 from utils.hessian.differentiation import Differentiation, check_part
 from utils.hessian.memory import KEPT, MEMORY, WALK, activation_numbers
 from utils.networks.contract import (
+    check_labels,
     prepared_copy,
     refuse_random_or_batch_dependent,
     second_order_mode,
@@ -93,8 +94,10 @@ class Losses(Coordinates):
                 )
             p.requires_grad_(False)  # derivatives are of a point put in the parameters' place
         refuse_random_or_batch_dependent(self.model, self.x)
-        self._size = None
+        self._size: int | None = None
         self._automatic = Differentiation(self.model, loss)
+        with torch.no_grad():
+            check_labels(self.y, self._automatic.logits({}, self.x[:1]).shape, loss)
         self.move(dict(self.model.named_parameters()), parameters)
         self.chain: Chain | None = None
         self.untraced = ""
@@ -122,7 +125,8 @@ class Losses(Coordinates):
 
     def _tape(self, point: dict, rows: Tensor, weights: Tensor | None = None) -> Tape:
         """One pass over `rows`; with `weights`, all that is computed is a sum over them."""
-        values = dict(self.model.named_buffers()) | self.rest | point
+        assert self.chain is not None  # who has none does not ask
+        values = self.rest | point | dict(self.model.named_buffers())
         sums = weights is not None
         with torch.no_grad():
             x, y = self.x[rows], self.y[rows]
@@ -133,9 +137,8 @@ class Losses(Coordinates):
         """What products come from: "chain", or the engine of `Differentiation` that works here."""
         if self.chain is not None:
             return "chain"
-        if self._automatic.engine is None:
-            self._automatic.choose(self.point, self.x[:2], self.y[:2])
-        return self._automatic.engine
+        automatic = self._automatic
+        return automatic.engine or automatic.choose(self.point, self.x[:2], self.y[:2])
 
     def _rows(self, rows: Tensor | None) -> Tensor:
         if rows is None:
@@ -219,7 +222,7 @@ class Losses(Coordinates):
         part: str = "full",
         weights: Tensor | None = None,
     ) -> Callable[[Tensor], Tensor]:
-        """The map v (P,) -> H v (P,), H the Hessian at w of the mean loss over `rows`.
+        """The map v (P,) -> H v (P,), H the Hessian at w of the mean loss over `rows`, or a `part`.
 
         With `weights` (m,), H is that of the weighted sum of their losses. A call costs about two
         gradients; what calls share is kept between them while it fits the memory budget.
@@ -253,15 +256,16 @@ class Losses(Coordinates):
 
         return product
 
-    def _by_differentiation(self, point: dict, pairs: list, part: str):
+    def _by_differentiation(
+        self, point: dict, pairs: list, part: str
+    ) -> Callable[[Tensor], Tensor]:
         def product(v: Tensor) -> Tensor:
             direction = self.unflatten(v)
-            total = 0.0
-            for r, c in pairs:
-                x, y = self.x[r], self.y[r]
-                found = self._automatic.product(point, direction, x, y, part, c)
-                total = total + self.flatten(found)
-            return total
+            found = (
+                self._automatic.product(point, direction, self.x[r], self.y[r], part, c)
+                for r, c in pairs
+            )
+            return sum(map(self.flatten, found))
 
         return product
 
@@ -272,11 +276,13 @@ class Losses(Coordinates):
         rows: Tensor | None = None,
         part: str = "full",
     ) -> Tensor:
-        """H v (P,) at w of the mean loss over `rows`; for more than one v take `hessian`."""
+        """H v (P,) at w of the mean loss over `rows`, or a `part` of it; for more than one v take
+        `hessian`."""
         return self.hessian(w, rows, part)(v)
 
     def dense(self, part: str = "full") -> Tensor:
-        """The Hessian (P, P) of the mean loss, by products with the unit vectors."""
+        """The Hessian (P, P), or a `part` of it, of the mean loss, by products with the unit
+        vectors."""
         check_part(part)
         units = torch.eye(self.P, dtype=self.w.dtype, device=self.w.device)
         together = self.chunk(3) // self.n
@@ -292,7 +298,8 @@ class Losses(Coordinates):
         return torch.cat(rows)
 
     def sample_products(self, v: Tensor, rows: Tensor | None = None, part: str = "full") -> Tensor:
-        """h_i v_i (m, P) for the examples in `rows`, each with its own vector v (m, P)."""
+        """h_i v_i (m, P), or a `part` of it, for the examples in `rows`, each with its own vector
+        v (m, P)."""
         size = self.chunk(4)
         pairs = zip(self._rows(rows).split(size), torch.as_tensor(v).split(size), strict=True)
         return torch.cat([SampleHessians(self, r, part)(u) for r, u in pairs])
@@ -324,7 +331,7 @@ class SampleHessians:
         return torch.arange(len(self.rows), device=self.rows.device)
 
     def _tape_of(self, local: Tensor) -> Tape:
-        if self.here is None or not torch.equal(self.here, local):
+        if self.tape is None or not torch.equal(self.here, local):
             self.here = local
             self.tape = self.losses._tape(self.losses.point, self.rows[local])
         return self.tape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ def activation_numbers(model: nn.Module, x: Tensor) -> int:
     """
     sizes = []
 
-    def count(_, __, out):
+    def count(_: Any, __: Any, out: Any) -> None:
         sizes.append(out.numel() if isinstance(out, Tensor) else 0)
 
     hooks = [m.register_forward_hook(count) for m in model.modules()]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ RANDOM = 4  # length of the random part of a start, beside a gradient of length 
 CLOSE = 0.7  # ends of a spectrum whose ratio is above this may change places
 
 
+Numbers = Any  # a number of one operator, or n of them as a tensor
+
+
 @dataclass(frozen=True)
 class NormEstimate:
     """A spectral norm (floats) or n of them (float64 tensors of length n).
@@ -36,12 +41,12 @@ class NormEstimate:
     engine      where the products come from (`Losses.engine`)
     """
 
-    value: Tensor | float
-    lower: Tensor | float
-    upper: Tensor | float
-    residual: Tensor | float
-    iterations: Tensor | int
-    converged: Tensor | bool
+    value: Numbers
+    lower: Numbers
+    upper: Numbers
+    residual: Numbers
+    iterations: Numbers
+    converged: Numbers
     engine: str = ""
 
     def columns(self) -> dict:
@@ -62,7 +67,7 @@ def per_sample_hessian_norms(
     seed: int = 0,
     part: str = "full",
     progress: Callable[[int], None] | None = None,
-    **options,
+    **options: Any,
 ) -> NormEstimate:
     """Spectral norms of the n Hessians h_i of the examples by batched Lanczos.
 
@@ -92,22 +97,16 @@ def per_sample_hessian_norms(
     tensor([8.3333], dtype=torch.float64)
     """
     losses = Losses(model, x, y, loss, **options)
+    size = losses.chunk(max_steps + 4 if certify else 6)
     if certify:
         failure = (1 - confidence) / losses.n
-        width = max(tolerance, 0.05)
-
-        def measure(operator):
-            return _certified_norms(operator, failure, width, max_steps, seed)
+        measure = partial(_certified_norms, failure=failure, width=max(tolerance, 0.05))
     else:
-
-        def measure(operator):
-            return _settled_norms(operator, tolerance, max_steps, seed, room)
-
-    size = losses.chunk(max_steps + 4 if certify else 6)
-    room = None if certify else losses.w.new_empty(3, min(size, losses.n), losses.P)
+        room = losses.w.new_empty(3, min(size, losses.n), losses.P)
+        measure = partial(_settled_norms, tolerance=tolerance, room=room)
     columns = []
     for rows in torch.arange(losses.n, device=losses.x.device).split(size):
-        ritz, upper, converged = measure(SampleHessians(losses, rows, part))
+        ritz, upper, converged = measure(SampleHessians(losses, rows, part), max_steps, seed)
         columns.append((ritz.value, upper, ritz.residual, ritz.steps, converged))
         if progress is not None:
             progress(len(rows))
@@ -117,11 +116,11 @@ def per_sample_hessian_norms(
 
 
 def _certified_norms(
-    operator: SampleHessians, failure: float, width: float, max_steps: int, seed: int
+    operator: SampleHessians, max_steps: int, seed: int, failure: float, width: float
 ) -> tuple[Ritz, Tensor, Tensor]:
     losses, rows = operator.losses, operator.rows
 
-    def narrow(ritz, j):
+    def narrow(ritz: Ritz, j: int) -> Tensor:
         return certified_upper(ritz, losses.P, failure) - ritz.value <= width * ritz.value
 
     # one direction serves all examples: the event of the theorem is about each of them
@@ -131,11 +130,11 @@ def _certified_norms(
 
 
 def _settled_norms(
-    operator: SampleHessians, tolerance: float, max_steps: int, seed: int, room: Tensor
+    operator: SampleHessians, max_steps: int, seed: int, tolerance: float, room: Tensor
 ) -> tuple[Ritz, Tensor, Tensor]:
     losses, rows = operator.losses, operator.rows
 
-    def settled(ritz, j):
+    def settled(ritz: Ritz, j: int) -> Tensor:
         near = tolerance * ritz.value
         other = (ritz.opposite <= ritz.value) | (ritz.other <= near)
         return (ritz.residual <= near) & other & (j >= LEAST)
@@ -190,20 +189,18 @@ def operator_norm(
     """
     P = len(start)
 
-    def upper(ritz):
+    def upper(ritz: Ritz) -> Tensor:
         if failure is None:
             return torch.full_like(ritz.value, torch.nan)
         return certified_upper(ritz, P, failure)
 
-    def done(ritz, j):
+    def done(ritz: Ritz, j: int) -> Tensor:
         settled = (ritz.residual <= tolerance * ritz.value) & (ritz.opposite <= ritz.value)
         settled &= j >= least
         return settled if failure is None else settled & (upper(ritz) <= 1.05 * ritz.value)
 
-    def one(V, rows, out):
-        return product(V[0])[None]
-
-    ritz = lanczos(one, start[None], max_steps=max_steps, done=done)
+    one = start[None]
+    ritz = lanczos(lambda V, rows, out: product(V[0])[None], one, max_steps=max_steps, done=done)
     value, residual = ritz.value.item(), ritz.residual.item()
     converged = residual <= tolerance * value
     steps = int(ritz.steps)
@@ -223,7 +220,7 @@ def hessian_norm(
     max_steps: int = 80,
     seed: int = 0,
     part: str = "full",
-    **options,
+    **options: Any,
 ) -> NormEstimate:
     """Spectral norm of the Hessian H_k of the mean loss over the k examples given.
 

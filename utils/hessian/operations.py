@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -13,7 +14,9 @@ class _Counter(TorchDispatchMode):
 
     total = 0
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = operator(*args, **kwargs)
         count = flop_registry.get(operator.overloadpacket)
@@ -22,7 +25,7 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def operations(function: Callable, *inputs, **options) -> tuple[object, int]:
+def operations(function: Callable, *inputs: Any, **options: Any) -> tuple[Any, int]:
     """What the function returns for these inputs, and the floating-point operations it took.
 
     function         any callable of torch

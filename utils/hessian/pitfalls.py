@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import MethodType
 
 import pandas as pd
@@ -44,7 +45,7 @@ def layer_norm_pitfall(model: nn.Module, x: Tensor, y: Tensor) -> pd.DataFrame:
     for label, norm in (("primitive operations", _primitive), ("F.layer_norm", _fused)):
         module = _with_layer_norm(model, norm)
 
-        def value(w, module=module):
+        def value(w: Tensor, module: nn.Module = module) -> Tensor:
             f = torch.func.functional_call(module, losses.unflatten(w), (x,))
             return F.cross_entropy(f, y)
 
@@ -57,17 +58,17 @@ def layer_norm_pitfall(model: nn.Module, x: Tensor, y: Tensor) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _primitive(self, z: Tensor) -> Tensor:
+def _primitive(self: nn.LayerNorm, z: Tensor) -> Tensor:
     centred = z - z.mean(-1, keepdim=True)
     rho = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
     return centred / rho * self.weight + self.bias
 
 
-def _fused(self, z: Tensor) -> Tensor:
+def _fused(self: nn.LayerNorm, z: Tensor) -> Tensor:
     return F.layer_norm(z, z.shape[-1:], self.weight, self.bias, self.eps)
 
 
-def _with_layer_norm(model: nn.Module, forward) -> nn.Module:
+def _with_layer_norm(model: nn.Module, forward: Callable) -> nn.Module:
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if type(module).__name__ == "LayerNorm":

@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -42,12 +43,18 @@ from pyhessian import hessian
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from utils.hessian.losses import Losses
 from utils.networks.contract import second_order_mode
 from utils.networks.losses import logits, loss_from_logits
+from utils.run.streams import generator, torch_seed
 
 SIZE = 40  # PyHessian sees a norm of about 2^SIZE, beside which floors of 1e-6 are rounding
-STREAM = 0x9E5510  # added to seeds: weights drawn with a seed are independent of its probes
-DEFAULTS = {"tolerance": 1e-3, "max_iterations": 100, "starts": 1, "rescale": False}  # its own
+DEFAULTS: dict[str, Any] = {  # its own
+    "tolerance": 1e-3,
+    "max_iterations": 100,
+    "starts": 1,
+    "rescale": False,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Eigenvalue:
 
 
 def eigenvalue(
-    losses,
+    losses: Losses,
     *,
     tolerance: float = 1e-10,
     max_iterations: int = 1000,
@@ -89,7 +96,6 @@ def eigenvalue(
     low at best, as PyHessian's vectors have length 1/(1 + 1e-6), at any scale.
     Raises ValueError for less than one start or iteration.
 
-    >>> from utils.hessian.losses import Losses
     >>> model = nn.Linear(2, 3, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
     >>> round(eigenvalue(Losses(model, torch.tensor([[3.0, 4.0]]), [0])).value, 6)
@@ -105,9 +111,8 @@ def eigenvalue(
     found = []
     for (reported,), (vector,) in runs:
         v = torch.cat([t.reshape(-1) for t in vector])
-        v = (
-            v if v.any() else torch.ones_like(v)
-        )  # H v = 0 on the way: any other vector gives a bound, too
+        if not v.any():  # H v = 0 on the way: any other vector gives a bound, too
+            v = torch.ones_like(v)
         v = v / v.norm()
         Hv = losses.product(v)
         theta = v @ Hv
@@ -115,7 +120,7 @@ def eigenvalue(
     return Eigenvalue(*max(found), surface.products)
 
 
-def trace(losses, *, probes: int, seed: int = 0) -> tuple[float, float, int]:
+def trace(losses: Losses, *, probes: int, seed: int = 0) -> tuple[float, float, int]:
     """Mean of v^T H v over Rademacher vectors v, its standard error, and the probes spent: all.
 
     losses  of the batch
@@ -123,6 +128,11 @@ def trace(losses, *, probes: int, seed: int = 0) -> tuple[float, float, int]:
     seed    of them
 
     Raises ValueError for fewer than 2 probes.
+
+    >>> losses = Losses(nn.Linear(2, 3), torch.ones(4, 2), [0, 1, 2, 0])
+    >>> value, error, spent = trace(losses, probes=4)
+    >>> value > 0, spent
+    (True, 4)
     """
     if probes < 2:
         raise ValueError(f"A trace from {probes} probes has no standard error: give at least 2.")
@@ -131,7 +141,9 @@ def trace(losses, *, probes: int, seed: int = 0) -> tuple[float, float, int]:
     return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)), len(values)
 
 
-def density(losses, *, probes: int, steps: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def density(
+    losses: Losses, *, probes: int, steps: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights (probes, min(steps, P)) of stochastic Lanczos quadrature.
 
     losses  of the batch
@@ -141,6 +153,10 @@ def density(losses, *, probes: int, steps: int, seed: int = 0) -> tuple[np.ndarr
 
     A row of weights sums to 1, and sum_j weights_j nodes_j^q = v^T H^q v for q < 2 steps. PyHessian
     reorthogonalises once; memory: P min(steps, P). Raises ValueError for no probe or no step.
+
+    >>> losses = Losses(nn.Linear(2, 3), torch.ones(4, 2), [0, 1, 2, 0])
+    >>> density(losses, probes=1, steps=3)[0].shape
+    (1, 3)
     """
     if probes < 1 or steps < 1:
         raise ValueError(f"There are {probes} probes of {steps} steps: give at least one of each.")
@@ -167,10 +183,10 @@ def _eig(T: Tensor, eigenvectors: bool) -> tuple[Tensor, Tensor]:
     return torch.stack([values, torch.zeros_like(values)], 1), vectors
 
 
-def _scale(losses, seed: int) -> float:
+def _scale(losses: Losses, seed: int) -> float:
     """The power of two that brings the norm of H to about 2^SIZE, by two products."""
-    generator = torch.Generator().manual_seed(STREAM + seed)
-    u = torch.randn(losses.P, generator=generator, dtype=torch.float64).to(losses.w)
+    stream = generator("pyhessian", seed)
+    u = torch.randn(losses.P, generator=stream, dtype=torch.float64).to(losses.w)
     for _ in range(2):
         u = losses.product(u / u.norm())  # H = 0 ends in nan, of exponent 0: any scale does
     exponent = SIZE - math.frexp(u.norm().item())[1]
@@ -180,7 +196,7 @@ def _scale(losses, seed: int) -> float:
 class _Surface(nn.Module):
     """Weights -> logits, for the chosen parameters alone: copies that are PyHessian's own."""
 
-    def __init__(self, losses):
+    def __init__(self, losses: Losses):
         super().__init__()
         self.losses, self.products = losses, 0
         self.chosen = nn.ParameterList(
@@ -202,14 +218,15 @@ class _Surface(nn.Module):
 
 
 @contextmanager
-def prepared(losses, scale: float, seed: int) -> Iterator[tuple[hessian, _Surface]]:
-    """PyHessian's object for `scale` times the mean loss, and its parameters; all is put back."""
+def prepared(losses: Losses, scale: float, seed: int) -> Iterator[tuple[hessian, _Surface]]:
+    """PyHessian's object for `scale` times the mean loss of `losses`, its generators set by `seed`,
+    and its parameters; all is put back afterwards."""
     surface = _Surface(losses)
     dtype = torch.get_default_dtype()
     device = losses.x.device
     cuda = device.type == "cuda"
 
-    def criterion(f, y):
+    def criterion(f: Tensor, y: Tensor) -> Tensor:
         return scale * loss_from_logits(f, y, losses.loss).mean() + surface.nothing()
 
     with (
@@ -222,11 +239,10 @@ def prepared(losses, scale: float, seed: int) -> Iterator[tuple[hessian, _Surfac
         warnings.filterwarnings(
             "ignore", r"Using backward\(\) with create_graph=True"
         )  # .grad is cleared below
-        torch.default_generator.manual_seed(
-            STREAM + seed
-        )  # torch.manual_seed would seed devices that are not restored
+        # torch.manual_seed would seed devices that are not restored
+        torch.default_generator.manual_seed(torch_seed("pyhessian", seed))
         if cuda:
-            torch.cuda.manual_seed(STREAM + seed)
+            torch.cuda.manual_seed(torch_seed("pyhessian", seed))
         try:
             torch.set_default_dtype(losses.w.dtype)
             yield (

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def hessian_trace(
     probes: int = 32,
     seed: int = 0,
     part: str = "full",
-    **options,
+    **options: Any,
 ) -> tuple[float, float]:
     """An estimate of the trace of H_k, and its standard error, from `probes` products.
 
@@ -119,7 +120,7 @@ class SpectralDensity:
         return mean, mean - error, mean + error
 
     def rows(self, thresholds: Sequence[float]) -> list[dict]:
-        """One row for each sign and threshold: sign, threshold, count, low, high."""
+        """One row for each sign and each of the thresholds: sign, threshold, count, low, high."""
         found = []
         for sign in (1, -1):
             for t, count, low, high in zip(thresholds, *self.count(thresholds, sign)):
@@ -144,7 +145,7 @@ def spectral_density(
     steps: int = 40,
     seed: int = 0,
     part: str = "full",
-    **options,
+    **options: Any,
 ) -> SpectralDensity:
     """The spectrum of H_k by stochastic Lanczos quadrature.
 
@@ -174,13 +175,16 @@ def spectral_density(
     return SpectralDensity(nodes, weights, losses.P)
 
 
-def _quadrature(H, start: Tensor, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def _quadrature(
+    H: Callable[[Tensor], Tensor], start: Tensor, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights (steps,) from one start; an exhausted space repeats a node at weight 0."""
-
-    def one(V, rows, out):
-        return H(V[0])[None]
-
-    ritz = lanczos(one, start[None], max_steps=steps, done=lambda ritz, j: ritz.exhausted)
+    ritz = lanczos(
+        lambda V, rows, out: H(V[0])[None],
+        start[None],
+        max_steps=steps,
+        done=lambda ritz, j: ritz.exhausted,
+    )
     spent = int(ritz.steps)
     alpha = ritz.alpha[0, :spent].double().cpu().numpy()
     beta = ritz.beta[0, : spent - 1].double().cpu().numpy()

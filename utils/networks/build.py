@@ -96,6 +96,7 @@ def _user_network(spec: str, info: dict) -> nn.Module:
 
 def _executed(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"user_model_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # of a .py file
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

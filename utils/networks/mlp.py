@@ -26,7 +26,7 @@ class MLPConfig:
     activation: str = "relu"
     bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self)
         check_choice("activation", self.activation, ACTIVATIONS)
 

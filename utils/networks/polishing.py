@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from utils.hessian import Losses
@@ -84,7 +85,7 @@ class Polishing:
     steps      iterations left: every one of them is noted
     note       called with the phase, the value and the gradient of an iteration
     limit      what the rule said last
-    gradient   (P,) at the weights evaluated last
+    gradient   (P,) at the weights evaluated last, None before
     """
 
     objective: Objective
@@ -92,7 +93,7 @@ class Polishing:
     steps: int
     note: Callable[[str, float, Tensor], None]
     limit: float = math.inf
-    gradient: Tensor | None = None
+    gradient: Any = None
 
     def run(self, w: Tensor) -> Tensor:
         """From `w` (P,) until the rule holds or no step is left; returns the weights there.
@@ -119,7 +120,8 @@ class Polishing:
             value = self._evaluate(torch.from_numpy(w.copy()))
             return value, self.gradient.numpy()
 
-        def callback(intermediate_result) -> None:  # SciPy calls it after evaluating this iterate
+        # SciPy calls it after evaluating this iterate
+        def callback(intermediate_result: OptimizeResult) -> None:
             self._took("l-bfgs", intermediate_result.fun)
             if self._done(torch.from_numpy(intermediate_result.x.copy())):
                 raise StopIteration

@@ -23,11 +23,13 @@ from utils.data import Dataset
 from utils.hessian import Losses, per_sample_losses
 from utils.networks.contract import (
     prepared_copy,
+    refuse_dropout,
     refuse_random_or_batch_dependent,
     second_order_mode,
 )
 from utils.networks.losses import logits
 from utils.networks.polishing import Objective, Polishing, stopping_rule
+from utils.run.streams import generator
 
 
 @dataclass
@@ -94,6 +96,7 @@ def train(
     x = x.to(device)
     y = y.to(device)
     in_double = x.double() if x.is_floating_point() else x
+    refuse_dropout(model)
     refuse_random_or_batch_dependent(prepared_copy(model), in_double)
     model.to(torch.float32 if epochs else torch.float64).eval()
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -116,7 +119,7 @@ def train(
     if epochs:
         single = losses_in(torch.float32)
         objective = Objective(single, centre.to(single.w), l2)
-        order = torch.Generator().manual_seed(seed)
+        order = generator("batches", seed)
         permutations = [torch.randperm(len(x), generator=order) for _ in range(epochs)]
         batches = [rows.split(batch_size) for rows in permutations]
         _put(model, single.unflatten(_adam(objective, batches, learning_rate, schedule, note)))
@@ -151,7 +154,13 @@ def _put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             model.get_parameter(name).copy_(value)
 
 
-def _adam(objective, batches, learning_rate, schedule, note) -> Tensor:
+def _adam(
+    objective: Objective,
+    batches: list,
+    learning_rate: float,
+    schedule: str,
+    note: Callable[[str, float, Tensor], None],
+) -> Tensor:
     """From the objective's centre through `batches`, their rows by epoch; returns weights (P,)."""
     w = objective.centre.clone()
     optimizer = torch.optim.Adam([w], lr=learning_rate)
@@ -175,7 +184,7 @@ def _adam(objective, batches, learning_rate, schedule, note) -> Tensor:
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of the examples `x` (n, ...) whose largest logit is that of the label in `y` (n,).
+    """Share of the examples `x` (n, ...) whose largest logit in the model is that of `y` (n,).
 
     >>> accuracy(nn.Linear(2, 1), torch.ones(3, 2), torch.zeros(3))
     1.0
@@ -191,7 +200,7 @@ def evaluate(model: nn.Module, dataset: Dataset, loss: str = "cross_entropy") ->
     """What the `model` has learned, a row for each part of the `dataset`.
 
     Columns: examples, accuracy and its standard error, mean, standard deviation ("spread S") and
-    largest of the examples' losses [nat for "cross_entropy"].
+    largest of the examples' losses, `loss` by name [nat for "cross_entropy"].
 
     >>> from types import SimpleNamespace as Parts
     >>> x, y = torch.ones(3, 2), torch.zeros(3, dtype=torch.long)

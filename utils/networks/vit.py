@@ -45,7 +45,7 @@ class ViTConfig:
     pool: str = "cls"
     eps: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes(self)
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -161,7 +161,7 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def patches(self, x: Tensor) -> Tensor:
-        """Images (B, C, S, S) -> patches (B, N_p, C p^2), row by row, each channel by channel."""
+        """Images x (B, C, S, S) -> patches (B, N_p, C p^2), row by row, each channel by channel."""
         B, C, p = len(x), self.config.channels, self.config.patch_size
         side = self.config.image_size // p  # patches along a side
         x = x.reshape(B, C, side, p, side, p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,17 +38,16 @@ class Findings:
     ) -> None:
         """A row.
 
-        Args:
-            question: which of the three.
-            source: notebook, file and theorem it comes from.
-            quantity: what the value is.
-            value: measured.
-            interval: of the value.
-            theory: what it says of the value.
-            verdict: how the two compare.
-            control: in words.
+        question  which of the three
+        source    notebook, file and theorem it comes from
+        quantity  what the value is
+        value     measured
+        interval  of the value
+        theory    what it says of the value
+        verdict   how the two compare
+        control   in words
         """
-        row = {"question": question, "quantity": quantity, "verdict": verdict}
+        row: dict[str, Any] = {"question": question, "quantity": quantity, "verdict": verdict}
         row |= {"control": control, "source": source, "value": float(value)}
         low, high = map(float, interval)
         self.rows.append(row | {"low": low, "high": high, "theory": float(theory)})
@@ -59,8 +59,7 @@ class Findings:
     def norms(self, norms: pd.DataFrame) -> None:
         """Medians and ranges of the examples' norms.
 
-        Args:
-            norms: per_sample_norms.csv of all runs.
+        norms  per_sample_norms.csv of all runs
         """
         place = "1 curvature", "03, per_sample_norms.csv"
         for part in ("training", "held-out"):
@@ -71,9 +70,8 @@ class Findings:
     def bounds(self, bounds: pd.DataFrame, rungs: Iterable[str]) -> None:
         """Whether each rung of the ladder holds.
 
-        Args:
-            bounds: bounds.csv of all runs, norms of 0 left out.
-            rungs: their names.
+        bounds  bounds.csv of all runs, norms of 0 left out
+        rungs   their names
         """
         for rung in rungs:
             ratio = bounds.loc[bounds["rung"] == rung, "ratio"]
@@ -86,9 +84,8 @@ class Findings:
     def values_block(self, shares: Mapping[str, tuple], one_block: bool) -> None:
         """The statements of "Closing the Curvature Gap" on the values' block.
 
-        Args:
-            shares: value, low and high, by statement.
-            one_block: all networks have one block, of which the paper speaks.
+        shares     value, low and high, by statement
+        one_block  all networks have one block, of which the paper speaks
         """
         place = "1 curvature", "03, blocks.csv; Closing the Curvature Gap"
         for text, (share, low, high) in shares.items():
@@ -99,8 +96,7 @@ class Findings:
     def pooled(self, pooled: pd.DataFrame) -> None:
         """The claims of notebook 05.
 
-        Args:
-            pooled: of `pooled_verdicts`.
+        pooled  of `pooled_verdicts`
         """
         for row in pooled.itertuples():
             source = f"05, verdicts.csv; {row.whose}; runs: {row.runs}"
@@ -115,9 +111,8 @@ class Findings:
     def architectures(self, relative: pd.DataFrame, first: str) -> None:
         """Constants relative to the first architecture.
 
-        Args:
-            relative: of `relative_constants`.
-            first: the first architecture.
+        relative  of `relative_constants`
+        first     the first architecture
         """
         for row in relative.itertuples():
             ends = row.low, row.high
@@ -129,8 +124,7 @@ class Findings:
     def published(self, beside: pd.DataFrame) -> None:
         """Ours beside published values.
 
-        Args:
-            beside: of `beside_published`.
+        beside  of `beside_published`
         """
         place = "2 convergence", "07, published.csv; Unraveling the Hessian"
         for row in beside.itertuples():
@@ -142,9 +136,8 @@ class Findings:
     def sizes(self, pilot: pd.DataFrame, check: pd.DataFrame) -> None:
         """The answers on the sample size, and the rules that were checked, each at its worst.
 
-        Args:
-            pilot: rows "pilot" of sample_size.csv of all runs.
-            check: its rows "check".
+        pilot  rows "pilot" of sample_size.csv of all runs
+        check  its rows "check"
         """
         place = "3 sample size", "06, sample_size.csv"
         for (criterion, tau), t in pilot.groupby(["criterion", "tolerance"], sort=False):
@@ -155,5 +148,5 @@ class Findings:
             worst = t.loc[t["failures"].idxmax()]
             ends = worst["failures_low"], worst["failures_high"]
             word = "kept" if (t["verdict"] == "kept").all() else "broken"
-            numbers = worst["failures"], ends, 1 - worst["confidence"], word
-            self.add(*place, f"failures, {rule}: worst", *numbers)
+            text, allowed = f"failures, {rule}: worst", 1 - worst["confidence"]
+            self.add(*place, text, worst["failures"], ends, allowed, word)

@@ -32,21 +32,17 @@ def decades_lost(ladder: pd.DataFrame, certified_cost: float) -> pd.DataFrame:
     The certified norm has no rows of its own in the measurements: its decades are those of the
     widest interval of a network's examples.
 
-    Args:
-        ladder: rows of data/results/digits_ladder/ladder.csv: a network, a part and a rung each.
-        certified_cost: of one certified norm [Hessian-vector products of one example].
+    ladder          rows of data/results/digits_ladder/ladder.csv: a network, a part and a rung each
+    certified_cost  of one certified norm [Hessian-vector products of one example]
 
-    Returns:
-        A row for each rung and depth. `decades`: median of $\log_{10}$(bound / measured) over
-        networks and parts, where a part counts with the median of its examples; `low`, `high`: its
-        range; `networks`: how many; `products`: median cost of one example [Hessian-vector
-        products].
+    Returns a row for each rung and depth. `decades`: median of $\log_{10}$(bound / measured) over
+    networks and parts, where a part counts with the median of its examples; `low`, `high`: its
+    range; `networks`: how many; `products`: median cost of one example [Hessian-vector products].
 
-    Example:
-        >>> row = {"run": "a", "depth": 1, "rung": "majorant", "products": 70.0}
-        >>> ladder = pd.DataFrame([row | {"ratio_median": 10.0, "certificate_max": 1.0}])
-        >>> decades_lost(ladder, certified_cost=28.0)[["rung", "decades"]].values.tolist()
-        [['majorant', 1.0], ['certified', 0.0]]
+    >>> row = {"run": "a", "depth": 1, "rung": "majorant", "products": 70.0}
+    >>> ladder = pd.DataFrame([row | {"ratio_median": 10.0, "certificate_max": 1.0}])
+    >>> decades_lost(ladder, certified_cost=28.0)[["rung", "decades"]].values.tolist()
+    [['majorant', 1.0], ['certified', 0.0]]
     """
     asked = ladder[ladder["rung"].isin(RUNGS)]
     bounds = asked.assign(rung=asked["rung"].map(RUNGS), ratio=asked["ratio_median"])
@@ -70,14 +66,12 @@ def decades_lost(ladder: pd.DataFrame, certified_cost: float) -> pd.DataFrame:
 def cost_label(products: pd.Series) -> str:
     """A rung's cost in words, a range where it grows with the depth.
 
-    Args:
-        products: cost at each depth [Hessian-vector products of one example].
+    products  cost at each depth [Hessian-vector products of one example]
 
-    Example:
-        >>> cost_label(pd.Series([71.6, 72.0])), cost_label(pd.Series([0.9, 0.3]))
-        ('72', 'less than 1')
-        >>> cost_label(pd.Series([1544.6, 39720.2]))
-        '1,500 to 40,000'
+    >>> cost_label(pd.Series([71.6, 72.0])), cost_label(pd.Series([0.9, 0.3]))
+    ('72', 'less than 1')
+    >>> cost_label(pd.Series([1544.6, 39720.2]))
+    '1,500 to 40,000'
     """
     low, high = products.min(), products.max()
     if high < 1:
@@ -89,14 +83,12 @@ def cost_label(products: pd.Series) -> str:
 def draw(table: pd.DataFrame) -> Figure:
     """The picture: all rungs in decades, and the tight ones magnified; the legend has the cost.
 
-    Args:
-        table: what `decades_lost` returns.
+    table  what `decades_lost` returns
 
-    Example:
-        >>> row = {"rung": "majorant", "depth": 1, "decades": 0.1, "low": 0.0, "high": 0.2}
-        >>> figure = draw(pd.DataFrame([row | {"products": 72.0}]))
-        >>> [text.get_text() for text in figure.legends[0].get_texts()]
-        ['majorant: 72']
+    >>> row = {"rung": "majorant", "depth": 1, "decades": 0.1, "low": 0.0, "high": 0.2}
+    >>> figure = draw(pd.DataFrame([row | {"products": 72.0}]))
+    >>> [text.get_text() for text in figure.legends[0].get_texts()]
+    ['majorant: 72']
     """
     figure = Figure(figsize=(8.3, 3.3), layout="constrained")
     whole, magnified = figure.subplots(1, 2, width_ratios=[1.15, 1])
@@ -124,18 +116,16 @@ def draw(table: pd.DataFrame) -> Figure:
 def draw_rung(ax: Axes, rows: pd.DataFrame, rung: str, label: str) -> None:
     """One line over depth with the range of the networks.
 
-    Args:
-        ax: where to draw.
-        rows: of one rung, with columns depth, decades, low and high.
-        rung: its name in ROLES.
-        label: for the legend.
+    ax     where to draw
+    rows   of one rung, with columns depth, decades, low and high
+    rung   its name in ROLES
+    label  for the legend
 
-    Example:
-        >>> ax = Figure().subplots()
-        >>> rows = pd.DataFrame({"depth": [1], "decades": [1.0], "low": [0.9], "high": [1.1]})
-        >>> draw_rung(ax, rows, "majorant", label="majorant")
-        >>> len(ax.lines)
-        1
+    >>> ax = Figure().subplots()
+    >>> rows = pd.DataFrame({"depth": [1], "decades": [1.0], "low": [0.9], "high": [1.1]})
+    >>> draw_rung(ax, rows, "majorant", label="majorant")
+    >>> len(ax.lines)
+    1
     """
     ax.plot(rows["depth"], rows["decades"], label=label, **ROLES[rung])
     band(ax, rows["depth"], rows["low"], rows["high"], role=rung)
@@ -146,8 +136,7 @@ def main() -> None:
 
     The cost of a certified norm is that of the quickstart, whose network is one of the ladder's.
 
-    Example:
-        >>> main()  # doctest: +SKIP
+    >>> main()  # doctest: +SKIP
     """
     use_theme()
     ladder = pd.read_csv(RESULTS / STUDY / "ladder.csv")

@@ -19,16 +19,13 @@ STUDIES = [
 def networks_table() -> str:
     """The networks of the committed studies as a table of Markdown, a row a study and data set.
 
-    Returns:
-        Six columns: accuracies are shares of the examples classified right, least to greatest over
-        the networks; a network is stationary where training ended by its stopping rule.
+    Returns six columns: accuracies are shares of the examples classified right, least to greatest
+    over the networks; a network is stationary where training ended by its stopping rule.
 
-    Raises:
-        FileNotFoundError: a study has no committed runs.csv.
+    Raises FileNotFoundError where a study has no committed runs.csv.
 
-    Example:
-        >>> print(networks_table().splitlines()[2])
-        | quickstart | digits | 1 | 1,079 | 1.00 | .95 | 1 of 1 |
+    >>> print(networks_table().splitlines()[2])
+    | quickstart | digits | 1 | 1,079 | 1.00 | .95 | 1 of 1 |
     """
     header = "study | data | networks | training examples | accuracy there | held out | stationary"
     lines = [f"| {header} |", "|---" * 7 + "|"]
@@ -41,16 +38,14 @@ def networks_table() -> str:
 def row_of(study: str, data: str, runs: pd.DataFrame) -> str:
     """One row of `networks_table`.
 
-    Args:
-        study: its name.
-        data: name of the data set.
-        runs: rows of runs.csv, one a network.
+    study  its name
+    data   name of the data set
+    runs   rows of runs.csv, one a network
 
-    Example:
-        >>> row = {"training": 1000, "accuracy_training": 1.0, "converged": False}
-        >>> runs = pd.DataFrame([row | {"accuracy_held_out": a} for a in (0.607, 0.803)])
-        >>> row_of("vit_mnist", "mnist", runs)
-        '| vit_mnist | mnist | 2 | 1,000 | 1.00 | .61 to .80 | 0 of 2 |'
+    >>> row = {"training": 1000, "accuracy_training": 1.0, "converged": False}
+    >>> runs = pd.DataFrame([row | {"accuracy_held_out": a} for a in (0.607, 0.803)])
+    >>> row_of("vit_mnist", "mnist", runs)
+    '| vit_mnist | mnist | 2 | 1,000 | 1.00 | .61 to .80 | 0 of 2 |'
     """
     cells = [
         study,
@@ -67,12 +62,10 @@ def row_of(study: str, data: str, runs: pd.DataFrame) -> str:
 def span(shares: pd.Series) -> str:
     """Least and greatest of some shares, to two digits.
 
-    Args:
-        shares: between 0 and 1.
+    shares  between 0 and 1
 
-    Example:
-        >>> span(pd.Series([0.098, 0.9232])), span(pd.Series([1.0]))
-        ('.10 to .92', '1.00')
+    >>> span(pd.Series([0.098, 0.9232])), span(pd.Series([1.0]))
+    ('.10 to .92', '1.00')
     """
     ends = (f"{share:.2f}".removeprefix("0") for share in (shares.min(), shares.max()))
     return " to ".join(dict.fromkeys(ends))

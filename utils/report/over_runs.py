@@ -18,13 +18,11 @@ def over_seeds(
 ) -> tuple[float, float, float]:
     """Mean over seeds with its t interval; runs of one seed count as one.
 
-    Args:
-        values: one a run.
-        seeds: of the runs.
-        level: of the interval [1].
+    values  one a run
+    seeds   of the runs
+    level   of the interval [1]
 
-    Returns:
-        Mean, low and high; nan for the ends of fewer than 3 seeds.
+    Returns mean, low and high; nan for the ends of fewer than 3 seeds.
 
     >>> over_seeds(pd.Series([1.0, 3.0, 4.0]), pd.Series([0, 0, 1]))
     (3.0, nan, nan)
@@ -41,10 +39,9 @@ def over_seeds(
 def share_interval(hits: float, trials: float, miss: float = 0.05) -> tuple[float, float]:
     """The binomial interval of a share (Clopper and Pearson 1934), for fractions of trials too.
 
-    Args:
-        hits: how many of the trials [1].
-        trials: how many in all [1].
-        miss: probability that the interval leaves out the share, at most [1].
+    hits    how many of the trials [1]
+    trials  how many in all [1]
+    miss    probability that the interval leaves out the share, at most [1]
 
     >>> low, high = share_interval(0, 10)
     >>> low, round(high, 3)
@@ -61,8 +58,7 @@ def shares_over_seeds(runs: pd.DataFrame) -> tuple[float, float, float]:
 
     Runs of one seed together count as one: hits and trials are means over them.
 
-    Args:
-        runs: a row a run, with columns value (its share), trials and seed.
+    runs  a row a run, with columns value (its share), trials and seed
 
     >>> runs = pd.DataFrame({"value": [0.5, 1.0], "trials": [2, 2], "seed": [0, 1]})
     >>> shares_over_seeds(runs)[0].item()
@@ -82,13 +78,11 @@ def ratios_to_first(logs: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     seeds of one architecture say little about its variance alone. A row may lack seeds (nan); a
     seed that one row alone has tells nothing.
 
-    Args:
-        logs: logarithms, a row an architecture and a column a seed.
-        level: of the intervals [1].
+    logs   logarithms, a row an architecture and a column a seed
+    level  of the intervals [1]
 
-    Returns:
-        A row an architecture but the first: ratio, low, high, and seeds, how many it has. Of one
-        seed there is no interval, and no ratio of rows that no seed connects.
+    Returns a row an architecture but the first: ratio, low, high, and seeds, how many it has. Of
+    one seed there is no interval, and no ratio of rows that no seed connects.
 
     >>> ratios_to_first(pd.DataFrame([[0.0, 1.0], [2.0, 3.0]]))["ratio"].round(3).tolist()
     [7.389]
@@ -135,14 +129,12 @@ def beside_published(
     of a data set: exp(mean +- t s sqrt(1 + 1/seeds)). Without two seeds of some architecture there
     is none, and the verdict is "cannot tell".
 
-    Args:
-        ours: a row a run: data, depth, width, ours.
-        published: a row a value: data, depth, width, value.
-        inflation: by which a published value is divided [1].
+    ours       a row a run: data, depth, width, ours
+    published  a row a value: data, depth, width, value
+    inflation  by which a published value is divided [1]
 
-    Returns:
-        A row a published value that we have: data, depth, width, seeds, ours (geometric mean over
-        seeds), low, high, published, verdict.
+    Returns a row a published value that we have: data, depth, width, seeds, ours (geometric mean
+    over seeds), low, high, published, verdict.
 
     >>> ours = pd.DataFrame({"data": "a", "depth": 1, "width": 8, "ours": [0.9, 1.1]})
     >>> published = pd.DataFrame({"data": ["a"], "depth": [1], "width": [8], "value": [1.0]})
@@ -180,7 +172,9 @@ def _pooled_numbers(runs: pd.DataFrame, how: str) -> tuple[float, float, float]:
     return value, low, high
 
 
-def _pooled_word(runs: pd.DataFrame, how: str, low: float, high: float, theory) -> str:
+def _pooled_word(
+    runs: pd.DataFrame, how: str, low: float, high: float, theory: tuple[float, float]
+) -> str:
     """Verdict on one claim over its runs."""
     given = list(dict.fromkeys(runs["verdict"]))
     if "violated" in given or (how == "counts" and low > theory[1]):
@@ -203,12 +197,10 @@ def pooled_verdicts(table: pd.DataFrame) -> pd.DataFrame:
     its bound too; a bound kept in all runs holds if its control failed in one. Other verdicts are
     listed.
 
-    Args:
-        table: rows of verdicts.csv with columns `run` and `seed`.
+    table  rows of verdicts.csv with columns `run` and `seed`
 
-    Returns:
-        claim, whose, value, low, high, theory_low, theory_high, verdict, trials (in all), runs (how
-        many), control (of the first run).
+    Returns claim, whose, value, low, high, theory_low, theory_high, verdict, trials (in all), runs
+    (how many), control (of the first run).
 
     >>> row = {"claim": "a slope", "whose": "prop:rate", "run": "a", "seed": 0, "control": "c"}
     >>> row |= {"pooled": "seeds", "trials": 0, "verdict": "agrees", "control_failed": True}

@@ -21,9 +21,8 @@ RADIUS = "distance from w0 [fraction of |w0|]"
 def ladder(bounds: pd.DataFrame, rungs: Sequence[str]) -> Figure:
     """Bounds against measured norms.
 
-    Args:
-        bounds: bounds.csv of all runs, norms of 0 left out.
-        rungs: their names.
+    bounds  bounds.csv of all runs, norms of 0 left out
+    rungs   their names
     """
     figure, ax = plt.subplots(figsize=(8, 4.2))
     for rung, colour in zip(rungs, sns.color_palette("colorblind", len(rungs)), strict=True):
@@ -41,8 +40,7 @@ def ladder(bounds: pd.DataFrame, rungs: Sequence[str]) -> Figure:
 def norms(table: pd.DataFrame) -> Figure:
     """The distribution of the examples' norms, by part.
 
-    Args:
-        table: per_sample_norms.csv of all runs.
+    table  per_sample_norms.csv of all runs
     """
     figure, ax = plt.subplots(figsize=(7, 3.6))
     positive = np.log10(table.loc[table["value"] > 0, "value"])
@@ -62,8 +60,7 @@ def norms(table: pd.DataFrame) -> Figure:
 def attention(sides: pd.DataFrame) -> Figure:
     """Attention's blocks before and after training, a point a layer of a run.
 
-    Args:
-        sides: of `attention_blocks`.
+    sides  of `attention_blocks`
     """
     figure, ax = plt.subplots(figsize=(5.6, 3.9))
     pairs = ("VV", "QQ", "KK", "QK", "QV", "KV")  # H is symmetric: the others are these again
@@ -85,9 +82,8 @@ def attention(sides: pd.DataFrame) -> Figure:
 def convergence(steps: pd.DataFrame, distance: pd.DataFrame) -> Figure:
     """The change by one example, and the distance to the limit, of one run.
 
-    Args:
-        steps: its rows "one step" of convergence.csv.
-        distance: its rows "distance".
+    steps     its rows "one step" of convergence.csv
+    distance  its rows "distance"
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.9))
     for ax, table in ((left, steps), (right, distance)):
@@ -115,10 +111,9 @@ def convergence(steps: pd.DataFrame, distance: pd.DataFrame) -> Figure:
 def one_step_ball(ball: pd.DataFrame, shares: pd.DataFrame, bands: Mapping[str, list]) -> Figure:
     """The terms of the one-step theorem over the distance, and how often inequalities fail.
 
-    Args:
-        ball: rows "ball" of convergence.csv of all runs.
-        shares: of `violations_by_radius`, with the column `steps`.
-        bands: the intervals of some of them.
+    ball    rows "ball" of convergence.csv of all runs
+    shares  of `violations_by_radius`, with the column `steps`
+    bands   the intervals of some of them
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
     terms = ball.groupby(["quantity", "radius"])["value"].median().unstack(0)
@@ -133,7 +128,8 @@ def one_step_ball(ball: pd.DataFrame, shares: pd.DataFrame, bands: Mapping[str, 
         look = ROLES[role] | {"marker": "o"}
         right.semilogx(shares.index, shares[name], label=name, **look)
         if name in bands:
-            band(right, shares.index, *np.transpose(bands[name]), role)
+            low, high = np.transpose(bands[name])
+            band(right, shares.index, low, high, role)
     right.set(xlabel=RADIUS, ylabel="share of the steps", ylim=(-0.03, 1.03))
     steps = " to ".join(map(str, sorted({shares["steps"].min(), shares["steps"].max()})))
     right.set_title(f"Violations ({steps} steps a radius; bands: 95 %)")
@@ -144,9 +140,8 @@ def one_step_ball(ball: pd.DataFrame, shares: pd.DataFrame, bands: Mapping[str, 
 def architecture(relative: pd.DataFrame, first: str) -> Figure:
     """Constants relative to the first architecture.
 
-    Args:
-        relative: of `relative_constants`.
-        first: the first architecture.
+    relative  of `relative_constants`
+    first     the first architecture
     """
     groups = relative.groupby("quantity", sort=False)
     height = 0.4 * (relative["architecture"].nunique() + 1) + 1.3
@@ -166,9 +161,8 @@ def architecture(relative: pd.DataFrame, first: str) -> Figure:
 def published(beside: pd.DataFrame, inflation: float) -> Figure:
     """Published values beside ours, with the interval of one more run.
 
-    Args:
-        beside: of `beside_published`.
-        inflation: by which the published values were divided [1].
+    beside     of `beside_published`
+    inflation  by which the published values were divided [1]
     """
     groups = beside.groupby("data", sort=False)
     figure, axes = plt.subplots(1, len(groups), figsize=(10, 4), squeeze=False)
@@ -189,8 +183,7 @@ def published(beside: pd.DataFrame, inflation: float) -> Figure:
 def rules(check: pd.DataFrame) -> Figure:
     """How often an order of held-out examples strays after the size that a rule gives.
 
-    Args:
-        check: rows "check" of sample_size.csv of all runs.
+    check  rows "check" of sample_size.csv of all runs
     """
     names = list(check["criterion"].unique())
     colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))

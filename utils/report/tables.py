@@ -15,8 +15,7 @@ from utils.surface.verdicts import with_interval
 def shared_and_varying(about: pd.DataFrame) -> tuple[list[str], list[str]]:
     """What all runs share, as text, and the columns in which they differ.
 
-    Args:
-        about: runs.csv, its first column the name.
+    about  runs.csv, its first column the name
 
     >>> shared_and_varying(pd.DataFrame({"run": ["a", "b"], "seed": [0, 1], "depth": [2, 2]}))
     (['depth 2'], ['seed'])
@@ -33,9 +32,8 @@ def shared_and_varying(about: pd.DataFrame) -> tuple[list[str], list[str]]:
 def architectures(about: pd.DataFrame, varies: list[str]) -> dict[str, str]:
     """The architecture of each run in words, by run.
 
-    Args:
-        about: runs.csv.
-        varies: the columns in which the runs differ.
+    about   runs.csv
+    varies  the columns in which the runs differ
 
     >>> row = {"run": ["a"], "depth": [2.0], "width": [8.0], "heads": [2.0], "norm": ["pre"]}
     >>> architectures(pd.DataFrame(row), [])
@@ -55,9 +53,8 @@ def architectures(about: pd.DataFrame, varies: list[str]) -> dict[str, str]:
 def medians_over_runs(columns: Mapping[str, pd.Series], labels: Mapping[str, str]) -> pd.DataFrame:
     """By architecture the median over the runs, as text with their range.
 
-    Args:
-        columns: by name, a number a run, indexed by run.
-        labels: the architecture by run.
+    columns  by name, a number a run, indexed by run
+    labels   the architecture by run
 
     >>> values = {"norm": pd.Series({"a": 1.0, "b": 3.0})}
     >>> medians_over_runs(values, {"a": "depth 1", "b": "depth 1"})["norm"].item()
@@ -75,11 +72,9 @@ def medians_over_runs(columns: Mapping[str, pd.Series], labels: Mapping[str, str
 def attention_blocks(blocks: pd.DataFrame) -> pd.DataFrame:
     """Norms of the blocks of H_k between query, key and value weights of one layer.
 
-    Args:
-        blocks: blocks.csv of all runs.
+    blocks  blocks.csv of all runs
 
-    Returns:
-        A row a run, layer and weights, a column a pair: "VV", "QK", ..
+    Returns a row a run, layer and weights, a column a pair: "VV", "QK", ..
 
     >>> row = {"run": "a", "weights": "trained", "row": "V 0", "column": "V 0", "value": 2.0}
     >>> attention_blocks(pd.DataFrame([row]))["VV"].item()
@@ -96,8 +91,7 @@ def attention_blocks(blocks: pd.DataFrame) -> pd.DataFrame:
 def values_block(sides: pd.DataFrame) -> dict[str, tuple[int, int]]:
     """Three statements of "Closing the Curvature Gap" on the values' block: hits and trials.
 
-    Args:
-        sides: of `attention_blocks`, untrained and trained.
+    sides  of `attention_blocks`, untrained and trained
 
     >>> index = pd.MultiIndex.from_product([["a"], [0], ["untrained", "trained"]])
     >>> index.names = ["run", "layer", "weights"]
@@ -119,14 +113,12 @@ def violations_by_radius(
 ) -> tuple[pd.DataFrame, dict[str, list]]:
     """How often the inequalities over a ball fail, by radius.
 
-    Args:
-        ball: rows "ball" of convergence.csv of all runs.
-        forms: the inequalities.
-        seeds: by run.
+    ball   rows "ball" of convergence.csv of all runs
+    forms  the inequalities
+    seeds  by run
 
-    Returns:
-        Shares (radii, forms) with a column `steps`, how many; and by form the 95 % intervals of
-        the radii, which count each seed once.
+    Returns shares (radii, forms) with a column `steps`, how many; and by form the 95 % intervals of
+    the radii, which count each seed once.
 
     >>> row = {"run": "a", "radius": 0.1, "quantity": "measured", "value": 2.0}
     >>> ball = pd.DataFrame([row, row | {"quantity": "published", "value": 1.0}])
@@ -156,15 +148,13 @@ def constants(
 ) -> tuple[pd.DataFrame, int]:
     """The constants of the statements at the trained weights, a row a run and constant.
 
-    Args:
-        convergence: convergence.csv of all runs.
-        norms: per_sample_norms.csv of all runs.
-        labels: the architecture by run.
-        seeds: by run.
+    convergence  convergence.csv of all runs
+    norms        per_sample_norms.csv of all runs
+    labels       the architecture by run
+    seeds        by run
 
-    Returns:
-        Columns run, architecture, seed, quantity, value, ..; M is the largest norm of as many
-        training examples in every run, and how many these are.
+    Returns columns run, architecture, seed, quantity, value, ..; M is the largest norm of as many
+    training examples in every run, and how many these are.
     """
     is_constant = convergence["experiment"] == "constant"
     table = convergence[is_constant & (convergence["weights"] == "trained")]
@@ -179,17 +169,15 @@ def constants(
 def constants_by_architecture(constants: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds with their t intervals, as text.
 
-    Args:
-        constants: of `constants`.
+    constants  of `constants`
 
-    Returns:
-        A row an architecture with its number of seeds, a column a constant.
+    Returns a row an architecture with its number of seeds, a column a constant.
 
     >>> row = {"architecture": "depth 1", "quantity": "S", "seed": 0, "value": 0.5}
     >>> constants_by_architecture(pd.DataFrame([row]))["S"].item()
     '0.5'
     """
-    cells = {}
+    cells: dict[tuple, dict[str, str]] = {}
     for (kind, quantity), t in constants.groupby(["architecture", "quantity"], sort=False):
         place = kind, t["seed"].nunique()
         text = with_interval(*over_seeds(t["value"], t["seed"]))
@@ -204,11 +192,9 @@ def relative_constants(constants: pd.DataFrame) -> pd.DataFrame:
 
     Bonferroni: 95 % for every constant and architecture at once.
 
-    Args:
-        constants: of `constants`.
+    constants  of `constants`
 
-    Returns:
-        A row a constant and architecture: quantity, architecture, seeds, ratio, low, high.
+    Returns a row a constant and architecture: quantity, architecture, seeds, ratio, low, high.
 
     >>> row = {"architecture": "depth 1", "quantity": "S", "seed": 0, "value": 0.5}
     >>> both = pd.DataFrame([row, row | {"architecture": "depth 2", "value": 1.0}])
@@ -232,8 +218,7 @@ def relative_constants(constants: pd.DataFrame) -> pd.DataFrame:
 def deviations(convergence: pd.DataFrame) -> pd.Series:
     """Mean absolute deviation of the training losses by run, from the exact last step [nat].
 
-    Args:
-        convergence: convergence.csv of all runs.
+    convergence  convergence.csv of all runs
 
     >>> row = {"run": "a", "experiment": "one step", "weights": "trained", "quantity": "mean"}
     >>> deviations(pd.DataFrame([row | {"k": 9, "theory_low": 0.1}])).item()

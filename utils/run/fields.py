@@ -70,19 +70,25 @@ PlainName = Annotated[str, AfterValidator(_plain_name)]
 def described(kind: Any, words: str, *checks: Any, **limits: Any) -> Any:
     """A type with its limits and the words that an error message uses for them.
 
-    kind: a type that pydantic reads; words: what to give instead of a wrong value;
-    checks: pydantic validators; limits: those of `pydantic.Field` (ge, gt, lt, min_length).
+    kind    a type that pydantic reads
+    words   what to give instead of a wrong value
+    checks  pydantic validators
+    limits  those of `pydantic.Field` (ge, gt, lt, min_length)
     """
     return Annotated[kind, Field(description=words, **limits), *checks]
 
 
 def list_of(kind: Any, words: str, *checks: Any, **limits: Any) -> Any:
-    """As `described`, a list of `kind`, which may arrive as text."""
+    """As `described` (words, checks, limits there), a list of `kind`, which may arrive as text."""
     return described(list[kind], words, BeforeValidator(_read_list), *checks, **limits)
 
 
 def choice(*names: str) -> Any:
-    """One of a few words."""
+    """One of a few words, the names.
+
+    >>> choice("cpu", "cuda").__metadata__[0].description
+    'one of cpu, cuda'
+    """
     return described(Literal[names], "one of " + ", ".join(names))
 
 
@@ -95,7 +101,11 @@ def choices(*names: str, empty: bool = False) -> Any:
 
 
 def whole_from(least: int) -> Any:
-    """An integer of at least `least`."""
+    """An integer of at least `least`.
+
+    >>> whole_from(2).__metadata__[-1].description
+    'an integer of at least 2'
+    """
     return described(Whole, f"an integer of at least {least}", ge=least)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 def atomic(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it if the block succeeds, removed if it fails.
 
-    path: the file to write; its folder is made where it is missing.
+    path  the file to write; its folder is made where it is missing
 
     >>> import tempfile
     >>> page = Path(tempfile.mkdtemp(), "new", "page.txt")
@@ -38,7 +38,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 def writable(what: str) -> Iterator[None]:
     """Turn any OSError of the block into one sentence: a full disk, a folder without permission.
 
-    what: words for the thing that is written, the subject of the sentence.
+    what  words for the thing that is written, the subject of the sentence
 
     Raises OSError where the block does.
 
@@ -71,7 +71,7 @@ def sha256(path: Path | str) -> str:
 def as_json(value: Any) -> str:
     """The text of a JSON file: numpy scalars, arrays and tensors become numbers and lists.
 
-    value: numbers, text, None, lists, tuples, sets, paths, mappings, arrays, nested as one likes.
+    value  numbers, text, None, lists, tuples, sets, paths, mappings, arrays, nested as one likes
 
     Raises TypeError for anything else.
 

@@ -28,7 +28,7 @@ def _lock(path: Path) -> FileLock:
 def turn(folder: Path) -> Iterator[None]:
     """The run's own lock, for a moment: to decide who may start, or to write run.json.
 
-    folder: the run's folder, which exists.
+    folder  the run's folder, which exists
     """
     with _lock(folder / ".lock"):
         yield
@@ -40,7 +40,8 @@ def acquire(folder: Path, stage: str, wait_s: float) -> bool:
     A lock that this process holds in the folder is given back first: a notebook that is run again
     in its kernel does not lock itself out.
 
-    folder: the run's folder, which exists; stage: "01" to "07".
+    folder  the run's folder, which exists
+    stage   "01" to "07"
     """
     release(folder)
     start = time.monotonic()

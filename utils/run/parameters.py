@@ -185,7 +185,8 @@ MODELS: dict[str, type[Parameters]] = {
 def check(model: type[Parameters], values: dict[str, Any]) -> Parameters:
     """`values` as an instance of `model`, text that stands for a number or a list read as such.
 
-    model: one of `MODELS`; values: a value for each of its fields and nothing else.
+    model   one of `MODELS`
+    values  a value for each of its fields and nothing else
 
     Raises ValueError with one sentence.
 
@@ -217,7 +218,7 @@ def _sentence(error: ValidationError, model: type[Parameters], values: dict[str,
 
 
 def unknown(name: str, known: list[str]) -> str:
-    """The sentence on a parameter that nobody knows: the nearest of the `known` names, or all.
+    """The sentence on a name that no parameter has: the nearest of the `known` names, or all.
 
     >>> unknown("depht", ["depth", "seed"])
     'unknown parameter depht: did you mean depth?'
@@ -228,7 +229,11 @@ def unknown(name: str, known: list[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as it is written in Python, on one line, cut after 60 characters."""
+    """A value as it is written in Python, on one line, cut after 60 characters.
+
+    >>> short([1, 2])
+    '[1, 2]'
+    """
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -242,7 +247,9 @@ def validate(
     (`In`) are read: the latest parameters cell and the latest injected one may set nothing but the
     model's fields.
 
-    model: the notebook's model; namespace: its `globals()`; dtype: precision that is printed.
+    model      the notebook's model
+    namespace  its `globals()`
+    dtype      precision that is printed
 
     Raises ValueError with one sentence.
 
@@ -274,7 +281,8 @@ def assigned(cell: str, fields: list[str]) -> list[str]:
     A scratch cell of an interactive session is neither: it has no annotations, or no parameter's
     name in it, and sets nothing.
 
-    cell: source code; fields: the parameters of the notebook.
+    cell    source code
+    fields  the parameters of the notebook
 
     >>> assigned("depth: int = 3", ["depth"]), assigned("depth = 3", ["depth"])
     (['depth'], [])
@@ -293,7 +301,7 @@ def assigned(cell: str, fields: list[str]) -> list[str]:
 
 
 def is_literal(node: ast.expr | None) -> bool:
-    """Whether there is an expression and it is a plain value: a number, text, a list.
+    """Whether a node of a syntax tree is there and is a plain value: a number, text, a list.
 
     >>> is_literal(ast.parse("[1, 2]", mode="eval").body)
     True
@@ -310,7 +318,7 @@ def is_literal(node: ast.expr | None) -> bool:
 def versions(device: str = "cpu") -> dict[str, str]:
     """Versions of Python and of the libraries that the numbers depend on.
 
-    device: as PyTorch names it; the name of the GPU is added where it is one.
+    device  as PyTorch names it; the name of the GPU is added where it is one
 
     >>> list(versions())
     ['python', 'torch', 'numpy', 'scipy', 'pandas', 'scikit-learn']

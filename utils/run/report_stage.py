@@ -46,15 +46,15 @@ class ReportStage(Stage):
         return checked.path(file)
 
     def json_of_run(self, file: str, run: str) -> Any:
-        """The content of a JSON file of a run."""
+        """The content of a JSON file of a run, noted as an input."""
         return json.loads(self.path_of_run(file, run).read_text())
 
     def may_write(self, file: str) -> bool:
-        """Its own tables, and those that it pools."""
+        """Whether a file is one of its own tables, or of those that it pools."""
         return file in PRODUCER
 
     def read_runs(self, file: str) -> pd.DataFrame:
-        """One table of every run of the study, one below the other, with a first column `run`.
+        """The table `file` of every run of the study, one below the other, first column `run`.
 
         It goes to data/results/<study>/ too, numbers to 8 digits, and is read back from there:
         without `runs` in the parameters what was committed is read, and gives the same report.

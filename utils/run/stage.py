@@ -85,17 +85,17 @@ class Stage:
         return json.loads(self.input_path(file).read_text())
 
     def read_csv(self, file: str) -> pd.DataFrame:
-        """A table, checked against data/columns.yaml."""
+        """The table of a CSV file, checked against data/columns.yaml."""
         return read_table(self.input_path(file), file)
 
     def read_safetensors(self, file: str) -> dict[str, Any]:
-        """Tensors by name, on the CPU."""
+        """The tensors of a .safetensors file by name, on the CPU."""
         from safetensors.torch import load_file
 
         return load_file(self.input_path(file))
 
     def record_input(self, path: Path | str) -> None:
-        """Note a file from outside the run (a user's arrays or weights) in run.json."""
+        """Note the path of a file from outside the run (a user's arrays or weights) in run.json."""
         self.outside[Path(path).name] = sha256(path)
 
     # writing
@@ -127,22 +127,22 @@ class Stage:
         self.written[file] = path
 
     def write_npz(self, file: str, **arrays: np.ndarray) -> None:
-        """Arrays by name (uncompressed; the same arrays give the same bytes)."""
+        """Write arrays by name to a file (uncompressed; the same arrays give the same bytes)."""
         with self.writing(file) as path, open(path, "wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
 
     def write_json(self, file: str, value: Any) -> None:
-        """Numbers, text, lists and mappings; numpy scalars and arrays become numbers and lists."""
+        """Write a value to a file: numbers, text, lists, mappings, numpy scalars and arrays."""
         with self.writing(file) as path:
             path.write_text(as_json(value))
 
     def write_csv(self, file: str, frame: pd.DataFrame) -> None:
-        """A table; its columns have to be those of data/columns.yaml, in any order."""
+        """Write a frame to a file; its columns are those of data/columns.yaml, in any order."""
         with self.writing(file) as path:
             write_table(path, file, frame)
 
     def write_safetensors(self, file: str, tensors: dict[str, Any]) -> None:
-        """Tensors by name, copied to the CPU."""
+        """Write tensors by name to a file, copied to the CPU."""
         from safetensors.torch import save
 
         copies = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

@@ -16,8 +16,10 @@ def begin(stage: str, p: Parameters, wait_s: float | None = None, dtype: str = "
     """Start notebook `stage` ("01" to "07") on the run `p.run` (07: on the runs `p.runs`): check
     that its inputs are there and not stale, and take its lock.
 
-    p: the notebook's parameters; wait_s: how long to wait for another process [s] (default:
-    RUN_LOCK_WAIT of the environment, else 2); dtype: precision of the numbers, for the record.
+    p       the notebook's parameters
+    wait_s  how long to wait for another process [s] (default: RUN_LOCK_WAIT of the environment,
+            else 2)
+    dtype   precision of the numbers, for the record
 
     Raises FileNotFoundError where an earlier notebook has not run, ValueError where an input has
     changed since or the device is not there, RuntimeError where another process keeps the lock;

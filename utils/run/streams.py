@@ -31,10 +31,15 @@ STREAMS: dict[str, tuple[str, int]] = {
     # generator after torch.manual_seed(seed): the same numbers, so the first order is not
     # independent of the weights. Kept: every committed network was trained so.
     "block check": (TORCH, 0),  # random block of the calculus' comparison with autograd
+    # calculus
+    "symmetry": (TORCH, 0x5E77),  # directions that test a chain; they say yes or no and no more
     # hessian
     "lanczos start": (TORCH, 0x5EED_0F_1A7C05),  # of norms, traces, spectra: uniform directions
+    "engine": (TORCH, 0x5EED_0F_5411),  # directions that test automatic differentiation
+    "dense estimate": (NUMPY, 31),  # ARPACK's start for a small dense Hessian
     "pyhessian": (TORCH, 0x9E5510),  # the adapter's scale, and PyHessian's own draws
     # bounds
+    "misfit": (NUMPY, 37),  # bootstrap over examples
     "gram start": (NUMPY, 0),  # ARPACK's start for a Gram matrix; its seed is always 0
     # surface
     "orders": (NUMPY, 5),  # random orders of the examples
@@ -69,7 +74,8 @@ def _number(name: str, *kinds: str) -> tuple[str, int]:
 def torch_seed(name: str, seed: int) -> int:
     """The number that seeds a PyTorch stream, for a generator that someone else owns.
 
-    name: a stream of `STREAMS`; seed: of the run, 0 to 4294967295.
+    name  a stream of `STREAMS`
+    seed  of the run, 0 to 4294967295
 
     Raises ValueError where there is no such stream.
 
@@ -82,7 +88,9 @@ def torch_seed(name: str, seed: int) -> int:
 def generator(name: str, seed: int, device: str = "cpu") -> torch.Generator:
     """A stream of PyTorch. On the CPU, the default, a run on a GPU draws the same numbers.
 
-    name: a stream of `STREAMS`; seed: of the run, 0 to 4294967295; device: as PyTorch names it.
+    name    a stream of `STREAMS`
+    seed    of the run, 0 to 4294967295
+    device  as PyTorch names it
 
     Raises ValueError where there is no such stream.
 
@@ -99,7 +107,8 @@ def generator(name: str, seed: int, device: str = "cpu") -> torch.Generator:
 def numpy_generator(name: str, seed: int) -> np.random.Generator:
     """A stream of numpy.
 
-    name: a stream of `STREAMS`; seed: of the run, 0 to 4294967295.
+    name  a stream of `STREAMS`
+    seed  of the run, 0 to 4294967295
 
     Raises ValueError where there is no such stream.
 
@@ -113,7 +122,8 @@ def numpy_generator(name: str, seed: int) -> np.random.Generator:
 def split_generator(name: str, seed: int) -> np.random.RandomState:
     """A stream of the kind that scikit-learn takes.
 
-    name: a stream of `STREAMS`; seed: of the run, 0 to 4294967295.
+    name  a stream of `STREAMS`
+    seed  of the run, 0 to 4294967295
 
     Raises ValueError where there is no such stream.
 

@@ -52,7 +52,8 @@ def read_study(path: Path | str, notebooks: Path | str = "notebooks") -> Study:
     parameters. A parameter goes to every notebook that has it; what is not set stays as in the
     parameters cells.
 
-    path: the YAML file; notebooks: folder of the notebooks 01 to 06.
+    path       the YAML file
+    notebooks  folder of the notebooks 01 to 06
 
     Raises ValueError with one sentence.
 

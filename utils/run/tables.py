@@ -37,7 +37,8 @@ def _fits(column: pd.Series, dtype: str) -> bool:
 def check_schema(file: str, frame: pd.DataFrame, pooled: bool = False) -> pd.DataFrame:
     """`frame` with the columns, order and dtypes that data/columns.yaml gives.
 
-    file: name of the table; pooled: whether a column `run` comes first.
+    file    name of the table
+    pooled  whether a column `run` comes first
 
     Raises ValueError with one sentence where a column is missing, unknown or of another dtype.
 
@@ -65,7 +66,9 @@ def check_schema(file: str, frame: pd.DataFrame, pooled: bool = False) -> pd.Dat
 def write_table(path: Path, file: str, frame: pd.DataFrame) -> None:
     """Write CSV with shortest floats that read back exactly, "nan" for a float that is not there.
 
-    path: where to; file: name of the table in data/columns.yaml; frame: its rows.
+    path   where to
+    file   name of the table in data/columns.yaml
+    frame  its rows
 
     Raises ValueError as `check_schema` does.
     """
@@ -75,8 +78,9 @@ def write_table(path: Path, file: str, frame: pd.DataFrame) -> None:
 def read_table(path: Path | str, file: str | None = None, pooled: bool = False) -> pd.DataFrame:
     """Read what `write_table` wrote, bit for bit.
 
-    path: where from; file: name of the table in data/columns.yaml (default: the path's own);
-    pooled: whether a column `run` comes first.
+    path    where from
+    file    name of the table in data/columns.yaml (default: the path's own)
+    pooled  whether a column `run` comes first
 
     Raises ValueError with one sentence where the file is no such table.
 

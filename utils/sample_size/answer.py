@@ -50,8 +50,11 @@ class SampleSize:
 def conclude(k: float, lower: float, upper: float, n: int, least: float, terms: dict) -> dict:
     """The fields of an answer from its interval.
 
-    k: the central value. lower, upper: the interval. n: examples in the pilot. least: examples
-    from which on a pilot can tell, inf if none can. terms: measured quantities by name.
+    k             the central value
+    lower, upper  the interval
+    n             examples in the pilot
+    least         examples from which on a pilot can tell, inf if none can
+    terms         measured quantities by name
 
     >>> conclude(160, 57, 1886, n=359, least=120, terms={})["sentence"]
     'need k in [57, 1886]'
@@ -72,7 +75,7 @@ def conclude(k: float, lower: float, upper: float, n: int, least: float, terms: 
 
 
 def drift(values: np.ndarray) -> dict:
-    """The fields to replace if the losses (n,) follow the order in which they came, else none.
+    """The fields to replace if the values (n,), losses, follow the order they came in, else none.
 
     Such a pilot is no random sample. The test is Spearman's rank correlation of loss and place.
 

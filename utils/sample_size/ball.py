@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from utils.hessian import Losses
 from utils.hessian.losses import SampleHessians
+from utils.run.streams import generator, numpy_generator
 from utils.sample_size.answer import conclude
 from utils.sample_size.limits import Spread, budget, least_pilot, limits, pair_moments
 from utils.sample_size.surface import k_surface
-
-PAIRS_STREAM = 13  # of the pairing: default_rng([seed, PAIRS_STREAM])
-SIGNS_STREAM = 0xFA12  # of the signs: torch's generator seeded with SIGNS_STREAM + seed
 
 Moments = tuple[float, float]  # means of Y and of Y^2
 
@@ -36,11 +33,17 @@ def k_ball(
 ) -> float:
     """Examples that are enough for the supremum over the ball, for every k' >= k at once.
 
-    fluctuation: B = S + R sqrt(tr Sigma_g) [+ (R^2/2) sqrt(tr Sigma_H)], the part that falls like
-    k^(-1/2). tolerance: tau. confidence: 1 - delta. remainder: xi = (R^3/3) sup Lip_i, if the
-    curvature is in B; the size is inf unless it is below the tolerance. moment: R^2 sqrt(E M_i^2),
-    in place of the curvature, which does not fall; inf unless below sqrt(delta) tau. kurtosis: of
-    the pairs of every term, allows the fourth moments of `k_surface`; not with `moment`.
+    fluctuation  B = S + R sqrt(tr Sigma_g) [+ (R^2/2) sqrt(tr Sigma_H)], the part that falls like
+                 k^(-1/2)
+    tolerance    tau
+    confidence   1 - delta
+    remainder    xi = (R^3/3) sup Lip_i, if the curvature is in B; the size is inf unless it is
+                 below the tolerance
+    moment       R^2 sqrt(E M_i^2), in place of the curvature, which does not fall; inf unless below
+                 sqrt(delta) tau
+    kurtosis     of the pairs of every term, allows the fourth moments of `k_surface`; not with
+                 `moment`
+
     Source: Theorem (thm:surface-ball), Corollary (cor:ball-sizes).
 
     >>> k_ball(fluctuation=2.0, tolerance=0.1, confidence=0.75)
@@ -59,8 +62,11 @@ def k_ball(
 def curvature_moments(losses: Losses, seed: int = 0) -> Moments:
     """Means of Y and Y^2, Y = |(H - H')v|^2/2 over disjoint random pairs, of mean tr Sigma_H.
 
-    losses: of n examples. seed: of the pairs and of v, fresh independent signs for each pair: the
-    noise of the probe is in the pair's. Source: (eq:pilot-pairs).
+    losses  of n examples
+    seed    of the pairs and of v, fresh independent signs for each pair: the noise of the probe is
+            in the pair's
+
+    Source: (eq:pilot-pairs).
 
     >>> from utils.networks import build_model
     >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
@@ -69,9 +75,9 @@ def curvature_moments(losses: Losses, seed: int = 0) -> Moments:
     True
     """
     half = losses.n // 2
-    order = torch.from_numpy(np.random.default_rng([seed, PAIRS_STREAM]).permutation(losses.n))
-    generator = torch.Generator().manual_seed(SIGNS_STREAM + seed)
-    signs = torch.randint(0, 2, (half, losses.P), generator=generator).to(losses.w) * 2 - 1
+    order = torch.from_numpy(numpy_generator("pairs of a pilot", seed).permutation(losses.n))
+    stream = generator("signs of a pilot", seed)
+    signs = torch.randint(0, 2, (half, losses.P), generator=stream).to(losses.w) * 2 - 1
     first = SampleHessians(losses, order[:half])(signs)
     second = SampleHessians(losses, order[half : 2 * half])(signs)
     Y = (first - second).double().square().sum(1) / 2
@@ -81,7 +87,9 @@ def curvature_moments(losses: Losses, seed: int = 0) -> Moments:
 def gradient_moments(losses: Losses) -> Moments:
     """Means of Y and Y^2, Y = |g - g'|^2/2 over all pairs, of mean tr Sigma_g.
 
-    losses: of n examples, at least 4 or ValueError. Source: (eq:pilot-pairs).
+    losses  of n examples, at least 4 or ValueError
+
+    Source: (eq:pilot-pairs).
 
     >>> from utils.networks import build_model
     >>> network = build_model("mlp", d_in=2, width=2, depth=1, n_classes=3)
@@ -102,7 +110,9 @@ def _norm_limits(
     return unit, limits(mean, squares.square().mean().item(), pairs, kurtosis, failure)
 
 
-def _size(roots: dict[str, float], radius: float, tolerance: float, confidence: float, **more):
+def _size(
+    roots: dict[str, float], radius: float, tolerance: float, confidence: float, **more: float
+) -> float:
     """`k_ball` from the roots of the spreads by name."""
     moment = radius**2 * roots["moment"] if "moment" in roots else 0.0
     factors = {"S": 1.0, "gradient": radius, "curvature": radius**2 / 2}
@@ -125,11 +135,17 @@ def ball_forecast(
 ) -> dict:
     """The ball answer from what a pilot measures: the fields of `SampleSize` by name.
 
-    moments: of "S", at radius > 0 also of "gradient" and, if no norms are given, "curvature".
-    n: examples in the pilot. tolerance: tau; nothing is enough if it is not positive. radius: R.
-    confidence: 1 - delta. kurtosis: the assumption, see `limits.limits`. distinct: how many of the
-    n are no copies. norms: bounds (n,) of sup over the ball of each Hessian's norm.
-    remainder: see `k_ball`. Source: Theorem (thm:surface-ball), Proposition (prop:pilot).
+    moments     of "S", at radius > 0 also of "gradient" and, if no norms are given, "curvature"
+    n           examples in the pilot
+    tolerance   tau; nothing is enough if it is not positive
+    radius      R
+    confidence  1 - delta
+    kurtosis    the assumption, see `limits.limits`
+    distinct    how many of the n are no copies
+    norms       bounds (n,) of sup over the ball of each Hessian's norm
+    remainder   see `k_ball`
+
+    Source: Theorem (thm:surface-ball), Proposition (prop:pilot).
 
     >>> moments = {"S": (0.4, 0.5), "gradient": (3.0, 40.0), "curvature": (100.0, 5e4)}
     >>> answer = ball_forecast(moments, 400, tolerance=0.1, radius=0.01, confidence=0.9)

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom, binomtest
+from numpy.typing import ArrayLike
+from scipy.stats import binom
 
+from utils.run.streams import numpy_generator
 from utils.sample_size.measurement import Pilot
 from utils.sample_size.rivals import baselines
 from utils.sample_size.step import k_step
 from utils.sample_size.surface import gaussian_factor, k_fixed_probes, k_surface
-
-STREAM = 29  # of the simulated samples: default_rng([seed, STREAM])
+from utils.surface.intervals import binomial_interval
 
 
 def exceedance(
@@ -22,9 +23,13 @@ def exceedance(
 ) -> tuple[float, float, float]:
     """Share of orders in which Z_k' > tau for some k' >= k, with its exact 95 % interval.
 
-    values: held-out losses (n,) or (n_probes, n). k: size. tolerance: tau. orders: permutations
-    (n_orders, n). Z_k is the root mean square over the probes of L_k - L_n. This is the event whose
-    probability Theorem (thm:neighbourhood) bounds by delta; the interval is Clopper and Pearson's.
+    values     held-out losses (n,) or (n_probes, n)
+    k          size
+    tolerance  tau
+    orders     permutations (n_orders, n)
+
+    Z_k is the root mean square over the probes of L_k - L_n. This is the event whose probability
+    Theorem (thm:neighbourhood) bounds by delta; the interval is Clopper and Pearson's.
 
     >>> orders = np.array([[0, 1, 2], [2, 0, 1], [1, 2, 0]])
     >>> exceedance(np.array([0.0, 0.0, 3.0]), 2, 0.8, orders)[0]  # the mean of two is 0, not 1
@@ -38,20 +43,23 @@ def exceedance(
         squares += (mean - mean[:, -1:]) ** 2 / len(values)
     worst = np.sqrt(squares[:, k - 1 :]).max(1)
     hits = int((worst > tolerance).sum())
-    interval = binomtest(hits, len(orders)).proportion_ci(method="exact")
-    return hits / len(orders), float(interval.low), float(interval.high)
+    return hits / len(orders), *binomial_interval(hits, len(orders))
 
 
 def true_size(
-    values, tolerance: float, confidence: float, streams: int = 400, seed: int = 0
+    values: ArrayLike, tolerance: float, confidence: float, streams: int = 400, seed: int = 0
 ) -> tuple[int, int, int]:
     """The least k with Pr(some k' >= k has Z_k' > tau) <= delta, and its 95 % interval.
 
-    values: losses (N,) or (m_probes, N) of a whole pool, which samples are drawn from with
-    replacement; L is the pool's mean. tolerance: tau. confidence: 1 - delta. streams: simulated
-    samples, as long as 40 times the Gaussian size, after which the event has a probability below
-    2e-3 (fourth moments, q >= 1). seed: of the draws. The result is the quantile over the streams,
-    with its interval by order statistics.
+    values      losses (N,) or (m_probes, N) of a whole pool, which samples are drawn from with
+                replacement; L is the pool's mean
+    tolerance   tau
+    confidence  1 - delta
+    streams     simulated samples, as long as 40 times the Gaussian size, after which the event has
+                a probability below 2e-3 (fourth moments, q >= 1)
+    seed        of the draws
+
+    The result is the quantile over the streams, with its interval by order statistics.
 
     >>> k, low, high = true_size([0.0, 1.0], 0.2, 0.9, streams=100)
     >>> low <= k <= high
@@ -62,8 +70,8 @@ def true_size(
     factor = gaussian_factor(values, confidence, seed)
     length = 40 * math.ceil(factor * values.var(1).mean() / tolerance**2)
     counts = np.arange(1, length + 1)
-    generator = np.random.default_rng([seed, STREAM])
-    settled = np.zeros(streams, dtype=int)
+    generator = numpy_generator("true size", seed)
+    settled: np.ndarray = np.zeros(streams, dtype=int)
     for stream in range(streams):
         draws = generator.integers(values.shape[1], size=length)
         squares = np.zeros(length)
@@ -83,8 +91,12 @@ def forecasts(
 ) -> pd.DataFrame:
     """The pilot's surface answer, the truth on a held-out pool and the rivals, by tolerance.
 
-    pilot: measured. held: losses (n_probes, n) of the pool at the same weights. tolerances: taus.
-    confidence: 1 - delta. Columns tolerance, criterion, k, lower, upper; rivals have k alone.
+    pilot       measured
+    held        losses (n_probes, n) of the pool at the same weights
+    tolerances  taus
+    confidence  1 - delta
+
+    Columns tolerance, criterion, k, lower, upper; rivals have k alone.
 
     >>> import torch
     >>> from utils.sample_size import pilot
@@ -119,10 +131,15 @@ def checks(
 ) -> pd.DataFrame:
     """Does each rule, asked by the pilot about a held-out pool's own mean, keep its promise there?
 
-    pilot: measured. held: losses (n_probes, n) of the pool at the same weights. tolerances: taus.
-    confidence: 1 - delta. orders: permutations (n_orders, n) of the pool. Columns tolerance, rule,
-    k, failures (`exceedance`) with its interval low and high, promised, and verdict: "broken" where
-    the interval lies above the promise. The two controls are single steps.
+    pilot       measured
+    held        losses (n_probes, n) of the pool at the same weights
+    tolerances  taus
+    confidence  1 - delta
+    orders      permutations (n_orders, n) of the pool
+
+    Columns tolerance, rule, k, failures (`exceedance`) with its interval low and high, promised,
+    and verdict: "broken" where the interval lies above the promise. The two controls are single
+    steps.
 
     >>> import torch
     >>> from utils.sample_size import pilot

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 
 CAUTION = 2.0  # times a pilot's own kurtosis, before it is held against the assumed one
@@ -36,11 +37,13 @@ class Spread:
     observed_kurtosis: float
 
 
-def pair_moments(X) -> tuple[float, float]:
+def pair_moments(X: ArrayLike) -> tuple[float, float]:
     """Means of Y and Y^2, Y = |x - x'|^2/2, over all pairs of the rows of X.
 
-    X: (n, d), an array or a tensor on the CPU. The mean of Y is the trace of the sample covariance.
-    Raises ValueError for fewer than 4 rows. Source: (eq:pilot-pairs).
+    X  (n, d), an array or a tensor on the CPU
+
+    The mean of Y is the trace of the sample covariance. Raises ValueError for fewer than 4 rows.
+    Source: (eq:pilot-pairs).
 
     >>> pair_moments([[0.0], [0.0], [2.0], [2.0]])[0]  # the sample variance
     1.3333333333333333
@@ -65,10 +68,13 @@ def _divergence(q: float, p: float) -> float:
 def inflation(pairs: int, kurtosis: float, failure: float) -> float:
     """What a mean is multiplied by to become an upper limit, inf if no number does.
 
-    The result is 1/x with Pr(mean of Y <= x E Y) <= failure for every Y >= 0 with
-    E Y^2 <= kurtosis (E Y)^2. The worst Y is kurtosis E Y times a coin of probability 1/kurtosis,
-    so that Chernoff's bound is the binomial one, exp(-pairs kl(x/kurtosis, 1/kurtosis)).
-    pairs: independent copies of Y. failure: probability that the limit may fail.
+    The result is 1/x with Pr(mean of Y <= x E Y) <= failure for every Y >= 0 with E Y^2 <= kurtosis
+    (E Y)^2. The worst Y is kurtosis E Y times a coin of probability 1/kurtosis, so that Chernoff's
+    bound is the binomial one, exp(-pairs kl(x/kurtosis, 1/kurtosis)).
+
+    pairs    independent copies of Y
+    failure  probability that the limit may fail
+
     Source: Proposition (prop:pilot), (ii).
 
     >>> round(inflation(pairs=200, kurtosis=20.0, failure=0.05), 2)
@@ -86,9 +92,13 @@ def inflation(pairs: int, kurtosis: float, failure: float) -> float:
 def bounded_upper(mean: float, ceiling: float, pairs: int, failure: float) -> float:
     """Upper limit of E Y of independent Y in [0, ceiling].
 
-    mean: of the Y. ceiling: no Y exceeds it. pairs: copies of Y. failure: probability that the
-    limit may fail. The worst Y is a coin, so the binomial Chernoff bound is inverted:
-    pairs kl(mean/ceiling, E Y/ceiling) <= ln(1/failure). Source: Proposition (prop:pilot), (i).
+    mean     of the Y
+    ceiling  no Y exceeds it
+    pairs    copies of Y
+    failure  probability that the limit may fail
+
+    The worst Y is a coin, so the binomial Chernoff bound is inverted: pairs kl(mean/ceiling, E
+    Y/ceiling) <= ln(1/failure). Source: Proposition (prop:pilot), (i).
 
     >>> round(bounded_upper(0.0, ceiling=1.0, pairs=100, failure=0.05), 3)  # nothing seen
     0.03
@@ -113,12 +123,16 @@ def limits(
 ) -> Spread:
     """The limits of E Y.
 
-    mean, square: means of Y and Y^2 over all pairs of a pilot of 2 `pairs` examples, or over
-    disjoint ones. kurtosis: the assumption E Y^2 <= kurtosis (E Y)^2, which no pilot can check.
-    Where twice the pilot's own ratio is larger it is taken instead: a ratio falls short of the
-    population's the more, the heavier its tail. failure: probability that the upper limit may
-    fail. failure_lower: the lower one's, the same by default. ceiling: if known, of Y; the upper
-    limit then needs no assumption, and the kurtosis is at most ceiling / E Y.
+    mean, square   means of Y and Y^2 over all pairs of a pilot of 2 `pairs` examples, or over
+                   disjoint ones
+    kurtosis       the assumption E Y^2 <= kurtosis (E Y)^2, which no pilot can check. Where twice
+                   the pilot's own ratio is larger it is taken instead: a ratio falls short of the
+                   population's the more, the heavier its tail.
+    failure        probability that the upper limit may fail
+    failure_lower  the lower one's, the same by default
+    ceiling        if known, of Y; the upper limit then needs no assumption, and the kurtosis is at
+                   most ceiling / E Y
+
     Source: Proposition (prop:pilot), (i) or (ii) above, (iii) below.
 
     >>> spread = limits(mean=0.4, square=0.8, pairs=200, kurtosis=20.0, failure=0.05)
@@ -141,7 +155,7 @@ def limits(
 
 
 def spread_limits(
-    losses,
+    losses: ArrayLike,
     kurtosis: float,
     failure: float,
     failure_lower: float | None = None,
@@ -150,10 +164,12 @@ def spread_limits(
 ) -> Spread:
     """The squared spread S_mu^2 of the losses at the probe weights, with its limits.
 
-    losses: (n,) or (m_probes, n), of a pilot; Y is the mean over the probes of (l - l')^2/2.
-    kurtosis, failure, failure_lower: see `limits`. ceiling: with 0 <= l <= ceiling, if one is
-    known. distinct: how many of the n examples are no copies, n by default. Raises ValueError
-    for fewer than 4 examples. Source: Proposition (prop:pilot).
+    losses    (n,) or (m_probes, n), of a pilot; Y is the mean over the probes of (l - l')^2/2
+    kurtosis  the assumption, see `limits`, as for failure and failure_lower
+    ceiling   with 0 <= l <= ceiling, if one is known
+    distinct  how many of the n examples are no copies, n by default
+
+    Raises ValueError for fewer than 4 examples. Source: Proposition (prop:pilot).
 
     >>> losses = np.random.default_rng(0).exponential(size=400)
     >>> spread = spread_limits(losses, kurtosis=20.0, failure=0.05)
@@ -171,9 +187,12 @@ def spread_limits(
 def budget(pairs: int, kurtosis: float, delta: float, spreads: int = 1) -> float:
     """The part of delta, at most half, that is spent on the upper limits of the spreads.
 
-    It makes the answer least, and is a function of the pilot's size and of the assumption alone,
-    so that it may be chosen with the pilot at hand. pairs, kurtosis: see `limits`. delta: the
-    probability that the whole answer may fail. spreads: how many upper limits share it.
+    It makes the answer least, and is a function of the pilot's size and of the assumption alone, so
+    that it may be chosen with the pilot at hand.
+
+    pairs, kurtosis  see `limits`
+    delta            the probability that the whole answer may fail
+    spreads          how many upper limits share it
 
     >>> budget(2000, 20.0, 0.1) < budget(120, 20.0, 0.1)  # a large pilot needs little
     True
@@ -185,7 +204,7 @@ def budget(pairs: int, kurtosis: float, delta: float, spreads: int = 1) -> float
 
 
 def least_pilot(kurtosis: float, failure: float) -> int:
-    """Examples from which on a pilot's `inflation` is finite; arguments as there.
+    """Examples from which on a pilot's `inflation` with this kurtosis and failure is finite.
 
     >>> n = least_pilot(20.0, 0.05)
     >>> math.isinf(inflation(n // 2 - 1, 20.0, 0.05)), math.isinf(inflation(n // 2, 20.0, 0.05))

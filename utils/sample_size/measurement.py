@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,8 +89,10 @@ class Pilot:
     def hessian_norms(self, rung: str, radius: float) -> Tensor:
         """Bounds (n,) of the supremum of each example's Hessian norm over the ball.
 
-        rung: of `bounds.hessian_bounds`, one that holds on balls. radius: of the ball. Raises
-        ValueError for networks that the rung does not know.
+        rung    of `bounds.hessian_bounds`, one that holds on balls
+        radius  of the ball
+
+        Raises ValueError for networks that the rung does not know.
         """
         if (rung, radius) not in self._norms:
             at = self.losses
@@ -114,10 +117,13 @@ class Pilot:
     ) -> SampleSize:
         """After how many examples does the mean loss stay within `tolerance`?
 
-        tolerance: tau > 0, in units of the loss. confidence: 1 - delta. ceiling: a number that no
-        loss of any example exceeds in the neighbourhood, which takes the place of the assumption on
-        the kurtosis; see `label_ceiling` and `loss_ceiling`. Raises ValueError out of range.
-        Source: Theorem (thm:neighbourhood).
+        tolerance   tau > 0, in units of the loss
+        confidence  1 - delta
+        ceiling     a number that no loss of any example exceeds in the neighbourhood, which takes
+                    the place of the assumption on the kurtosis; see `label_ceiling` and
+                    `loss_ceiling`
+
+        Raises ValueError out of range. Source: Theorem (thm:neighbourhood).
 
         >>> _ = torch.manual_seed(0)
         >>> x, y = torch.randn(400, 2), torch.arange(400) % 3
@@ -146,11 +152,15 @@ class Pilot:
     ) -> SampleSize:
         """After how many examples does the worst of the ball stay within `tolerance`?
 
-        tolerance: tau > 0. confidence: 1 - delta. rung: where the curvature on the ball comes from,
-        see `hessian_norms`; None for the measured spread of the Hessians at the centre, which is a
-        statement to second order. remainder: what the caller knows of the rest, see `ball.k_ball`.
-        Raises ValueError out of range and for networks that the rung does not know.
-        Source: Theorem (thm:surface-ball), Corollary (cor:ball-sizes).
+        tolerance   tau > 0
+        confidence  1 - delta
+        rung        where the curvature on the ball comes from, see `hessian_norms`; None for the
+                    measured spread of the Hessians at the centre, which is a statement to second
+                    order
+        remainder   what the caller knows of the rest, see `ball.k_ball`
+
+        Raises ValueError out of range and for networks that the rung does not know. Source: Theorem
+        (thm:surface-ball), Corollary (cor:ball-sizes).
 
         >>> from utils.networks import build_model
         >>> _ = torch.manual_seed(0)
@@ -173,8 +183,10 @@ class Pilot:
     ) -> SampleSize:
         """After how many examples is a model trained in the ball within `tolerance` of the best?
 
-        tolerance: the acceptable L(w_k) - min over the ball of L. gap: how far above its minimum
-        over the ball the training objective is left. All else as for `ball`.
+        tolerance  the acceptable L(w_k) - min over the ball of L
+        gap        how far above its minimum over the ball the training objective is left
+
+        The rest (confidence, rung, remainder) as for `ball`.
         Source: Proposition (prop:excess-risk).
 
         >>> from utils.networks import build_model
@@ -192,8 +204,10 @@ class Pilot:
     def next(self, tolerance: float, confidence: float = 0.95) -> SampleSize:
         """Does one more example of the same kind move the pilot's mean by `tolerance` at most?
 
-        tolerance: tau > 0. confidence: 1 - delta. Raises ValueError out of range.
-        Source: Proposition (prop:exchangeable).
+        tolerance   tau > 0
+        confidence  1 - delta
+
+        Raises ValueError out of range. Source: Proposition (prop:exchangeable).
 
         >>> _ = torch.manual_seed(0)
         >>> x, y = torch.randn(60, 2), torch.arange(60) % 3
@@ -214,8 +228,11 @@ class Pilot:
     ) -> SampleSize:
         """After how many examples can no single one whatsoever move the mean loss by `tolerance`?
 
-        tolerance: tau > 0. confidence: recorded; the answer holds always. radius: of the ball whose
-        weights are all meant, 0 for the weights alone. rung: see `hessian_norms`, "prior" if None.
+        tolerance   tau > 0
+        confidence  recorded; the answer holds always
+        radius      of the ball whose weights are all meant, 0 for the weights alone
+        rung        see `hessian_norms`, "prior" if None
+
         Raises ValueError out of range and, at radius > 0, for networks that the rung does not know.
         Source: Theorem (thm:k-step).
 
@@ -232,7 +249,15 @@ class Pilot:
         fields = step_forecast(self.values, parts, self.loss_ceiling(radius), tolerance)
         return self._answer("step", tolerance, radius, confidence, fields)
 
-    def _ball(self, criterion, tolerance, reach, confidence, rung, remainder) -> SampleSize:
+    def _ball(
+        self,
+        criterion: str,
+        tolerance: float,
+        reach: float,
+        confidence: float,
+        rung: str | None,
+        remainder: float,
+    ) -> SampleSize:
         radius = self.ball_radius
         moments = {"S": pair_moments(self.values[:, None])}
         norms = None
@@ -258,8 +283,16 @@ class Pilot:
         fields |= drift(self.values)
         return self._answer(criterion, tolerance, radius, confidence, fields, caveat)
 
-    def _answer(self, criterion, tolerance, radius, confidence, fields, caveat="") -> SampleSize:
-        asked = {"criterion": criterion, "tolerance": tolerance, "radius": radius}
+    def _answer(
+        self,
+        criterion: str,
+        tolerance: float,
+        radius: float,
+        confidence: float,
+        fields: dict,
+        caveat: str = "",
+    ) -> SampleSize:
+        asked: dict[str, Any] = {"criterion": criterion, "tolerance": tolerance, "radius": radius}
         asked |= {"confidence": confidence, "statement": self.statement + caveat}
         return SampleSize(**(asked | fields))
 
@@ -276,18 +309,24 @@ def pilot(
     kurtosis: float = 20.0,
     n_probes: int = 8,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> Pilot:
     """Measure a sample once; sizes are then asked of it in milliseconds.
 
-    model: from inputs to logits, left unchanged. x (n, ...), y (n,): the pilot; it must not have
-    been used for the weights. radius: of the neighbourhood of `Pilot.surface`, Euclidean, absolute.
-    ball: radius of the ball of `Pilot.ball` and `Pilot.excess`. fitted_on: the inputs that the
-    weights were fitted to: if one of the pilot's is among them the answers are labelled pool
-    statements. loss: "cross_entropy" or "mse". kurtosis: the assumption on rare losses behind the
-    upper limits, see `limits.limits`; `Pilot.kurtosis` may be changed between questions.
-    n_probes: weights that stand for the neighbourhood. seed: of probes and pairs. options: of
-    `curvature.Losses`. Raises ValueError for values out of range and what `Losses` refuses.
+    model      from inputs to logits, left unchanged
+    x, y       (n, ...) and (n,), the pilot; it must not have been used for the weights
+    radius     of the neighbourhood of `Pilot.surface`, Euclidean, absolute
+    ball       radius of the ball of `Pilot.ball` and `Pilot.excess`
+    fitted_on  the inputs that the weights were fitted to: if one of the pilot's is among them the
+               answers are labelled pool statements
+    loss       "cross_entropy" or "mse"
+    kurtosis   the assumption on rare losses behind the upper limits, see `limits.limits`;
+               `Pilot.kurtosis` may be changed between questions
+    n_probes   weights that stand for the neighbourhood
+    seed       of probes and pairs
+    options    of `hessian.Losses`
+
+    Raises ValueError for values out of range and what `Losses` refuses.
 
     >>> measured = pilot(torch.nn.Linear(2, 3), torch.ones(400, 2), torch.arange(400) % 3)
     >>> [measured.surface(tau).criterion for tau in (0.1, 0.2)]

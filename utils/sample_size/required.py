@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from utils.sample_size.answer import SampleSize
@@ -26,15 +28,22 @@ def required_samples(
     rung: str | None = None,
     remainder: float = 0.0,
     gap: float = 0.0,
-    **options,
+    **options: Any,
 ) -> SampleSize:
     """How many examples until more change the loss surface around the model by less than tau?
 
-    One question of a `pilot`, for who has only one. model, x, y, fitted_on, loss, kurtosis,
-    n_probes, seed, options: see there. tolerance: tau > 0, in units of the loss. radius: of the
-    neighbourhood or the ball, Euclidean, absolute. confidence: 1 - delta. criterion: "surface",
-    "ball", "excess", "next" or "step", see the head of `pilot`. ceiling: `Pilot.surface`.
-    rung, remainder: `Pilot.ball` and `Pilot.excess`, rung also `Pilot.step`. gap: `Pilot.excess`.
+    One question of a `pilot`, for who has only one.
+
+    model, x, y  as of `pilot`, and so are fitted_on, loss, kurtosis, n_probes, seed and options
+    tolerance    tau > 0, in units of the loss
+    radius       of the neighbourhood or the ball, Euclidean, absolute
+    confidence   1 - delta
+    criterion    "surface", "ball", "excess", "next" or "step", see the head of `measurement`
+    ceiling      of `Pilot.surface`
+    rung         of `Pilot.ball`, `Pilot.excess` and `Pilot.step`
+    remainder    of `Pilot.ball` and `Pilot.excess`
+    gap          of `Pilot.excess`
+
     Raises ValueError for an unknown criterion and for values out of range.
 
     >>> import torch

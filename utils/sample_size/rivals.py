@@ -6,25 +6,29 @@ import math
 import warnings
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import OptimizeWarning, curve_fit
 
-CURVE_STREAM = 19  # of the orders of `settling_curve`: default_rng([seed, CURVE_STREAM])
-ORDER_STREAM = 23  # of the order in which "doubling" reads: default_rng([seed, ORDER_STREAM])
+from utils.run.streams import numpy_generator
 
 
-def power_law(k, a, b, c):
+def power_law(k: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
+    """a k^-|b| + c."""
     return a * k ** -abs(b) + c
 
 
-def logarithmic(k, a, b, c):
+def logarithmic(k: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
+    """c - a ln(k + |b|)."""
     return c - a * np.log(k + abs(b))
 
 
-def arctan(k, a, b, c):
+def arctan(k: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
+    """c - a arctan(|b| k)."""
     return c - a * np.arctan(abs(b) * k)
 
 
-def algebraic_root(k, a, b, c):
+def algebraic_root(k: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
+    """c - k / (1 + |a k|^|b|)^(1/|b|)."""
     return c - k / (1 + abs(a * k) ** abs(b)) ** (1 / abs(b))
 
 
@@ -39,11 +43,16 @@ FAMILIES = {
 }
 
 
-def fitted_sizes(k, curve, targets, family: str, most: float = 1e9) -> np.ndarray:
+def fitted_sizes(
+    k: ArrayLike, curve: ArrayLike, targets: ArrayLike, family: str, most: float = 1e9
+) -> np.ndarray:
     """The sizes at which a fitted curve falls to each target, (len(targets),); inf where never.
 
-    k, curve: the points (m,) that a family is fitted to, by least squares. targets: heights.
-    family: a name in FAMILIES. most: sizes beyond are not tried.
+    k, curve  the points (m,) that a family is fitted to, by least squares
+    targets   heights
+    family    a name in FAMILIES
+    most      sizes beyond are not tried
+
     Source: Mahmood et al., How much more data do I need?, arXiv 2207.01725.
 
     >>> k = np.geomspace(4, 400, 20)
@@ -65,10 +74,14 @@ def fitted_sizes(k, curve, targets, family: str, most: float = 1e9) -> np.ndarra
     return np.where(below.any(1), grid[below.argmax(1)], math.inf)
 
 
-def settling_curve(values, k, n_orders: int = 200, seed: int = 0) -> np.ndarray:
+def settling_curve(
+    values: ArrayLike, k: ArrayLike, n_orders: int = 200, seed: int = 0
+) -> np.ndarray:
     """The mean over random orders of a pilot of Z_k = |L_k - L_m| over its probes, (len(k),).
 
-    values: losses (m,) or (m_probes, m). k: sizes up to m. n_orders, seed: of the orders.
+    values          losses (m,) or (m_probes, m)
+    k               sizes up to m
+    n_orders, seed  of the orders
 
     >>> curve = settling_curve(np.arange(50.0), [5, 20, 50])
     >>> bool(curve[0] > curve[1] > curve[2])
@@ -77,7 +90,7 @@ def settling_curve(values, k, n_orders: int = 200, seed: int = 0) -> np.ndarray:
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     k = np.asarray(k)
     limit = values.mean(1, keepdims=True)
-    generator = np.random.default_rng([seed, CURVE_STREAM])
+    generator = numpy_generator("settling curve", seed)
     total = np.zeros(len(k))
     for _ in range(n_orders):
         order = generator.permutation(values.shape[1])
@@ -89,13 +102,15 @@ def settling_curve(values, k, n_orders: int = 200, seed: int = 0) -> np.ndarray:
 def doubling(values: np.ndarray, tolerance: float, seed: int = 0) -> float:
     """Double from 8 on until two means in a row differ by less than tau; inf if the pilot ends.
 
-    values: losses (m_probes, m). tolerance: tau. seed: of the order.
+    values     losses (m_probes, m)
+    tolerance  tau
+    seed       of the order
 
     >>> doubling(np.ones((1, 100)), 0.1), doubling(np.ones((1, 10)), 0.1)
     (16.0, inf)
     """
     m = values.shape[1]
-    order = np.random.default_rng([seed, ORDER_STREAM]).permutation(m)
+    order = numpy_generator("doubling", seed).permutation(m)
     k = 8
     while 2 * k <= m:
         difference = values[:, order[:k]].mean(1) - values[:, order[: 2 * k]].mean(1)
@@ -105,14 +120,20 @@ def doubling(values: np.ndarray, tolerance: float, seed: int = 0) -> float:
     return math.inf
 
 
-def baselines(values, tolerance: float, targets=None, seed: int = 0) -> dict:
+def baselines(
+    values: ArrayLike, tolerance: float, targets: ArrayLike | None = None, seed: int = 0
+) -> dict:
     """Sizes from the same pilot by rules without guarantee, by name; inf where a rule refuses.
 
-    values: losses (m,) or (m_probes, m) of a pilot. tolerance: tau. targets: heights that the
-    families of curves are solved for, an array of sizes each; the tolerance alone, a number each,
-    if there are none. seed: of the orders. The families are fitted to `settling_curve` on k from 4
-    to m/2 (nearer to m it bends to 0 by construction). "one step": S/tau, where a typical step
-    falls below tau, the papers' reading. "doubling": see there.
+    values     losses (m,) or (m_probes, m) of a pilot
+    tolerance  tau
+    targets    heights that the families of curves are solved for, an array of sizes each; the
+               tolerance alone, a number each, if there are none
+    seed       of the orders
+
+    The families are fitted to `settling_curve` on k from 4 to m/2 (nearer to m it bends to 0 by
+    construction). "one step": S/tau, where a typical step falls below tau, the papers' reading.
+    "doubling": see there.
 
     >>> sizes = baselines(np.random.default_rng(0).normal(size=400), 0.1)
     >>> sizes["one step"], sorted(sizes)[:3]

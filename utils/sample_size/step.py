@@ -11,18 +11,22 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from utils.hessian import Losses
 from utils.sample_size.answer import conclude
 
 
-def k_step(losses, tolerance: float) -> int:
+def k_step(losses: ArrayLike, tolerance: float) -> int:
     """The exact worst order at fixed weights: least k with |L_{k'+1} - L_k'| <= tau from k on.
 
-    losses: (n,), of a pool. tolerance: tau. For each k' the largest change adds the largest loss to
-    the k' smallest, or the reverse. The result is n if even the last step of the pool exceeds tau
-    ("not reached inside the pool"). Source: (def:k-step), at R = 0.
+    losses     (n,), of a pool
+    tolerance  tau
+
+    For each k' the largest change adds the largest loss to the k' smallest, or the reverse. The
+    result is n if even the last step of the pool exceeds tau ("not reached inside the pool").
+    Source: (def:k-step), at R = 0.
 
     >>> k_step([0.0, 0.0, 0.0, 1.0], tolerance=0.3)
     3
@@ -37,11 +41,13 @@ def k_step(losses, tolerance: float) -> int:
     return int(above[-1]) + 2 if len(above) else 1
 
 
-def next_step(scores, confidence: float) -> float:
+def next_step(scores: ArrayLike, confidence: float) -> float:
     """Q with |L_{k+1} - L_k| <= Q/(k - 1) with the given probability, for exchangeable examples.
 
-    scores: (k,), of losses their distances to the mean. confidence: 1 - delta; inf if
-    k + 1 < 1/delta. Source: Proposition (prop:exchangeable).
+    scores      (k,), of losses their distances to the mean
+    confidence  1 - delta; inf if k + 1 < 1/delta
+
+    Source: Proposition (prop:exchangeable).
 
     >>> next_step([0.1, 0.2, 0.3, 0.4], confidence=0.6), next_step([0.1, 0.2], confidence=0.9)
     (0.3, inf)
@@ -73,8 +79,12 @@ def worst_range(
 ) -> dict[str, float]:
     """D_R = max|l_i - l_j| + R max|grad_i - grad_j| + R^2 max_i M_i(R), "D", and its parts by name.
 
-    values: losses (n,). radius: R. distance: `gradient_distance`. norms: bounds (n,) of
-    M_i(R) = sup over the ball of each Hessian's norm; both are needed at R > 0 only.
+    values    losses (n,)
+    radius    R
+    distance  `gradient_distance`
+    norms     bounds (n,) of M_i(R) = sup over the ball of each Hessian's norm; both are needed at R
+              > 0 only
+
     Source: Theorem (thm:k-step).
 
     >>> worst_range(np.array([0.0, 0.5, 2.0]))["D"]
@@ -90,8 +100,12 @@ def worst_range(
 def next_forecast(values: np.ndarray, tolerance: float, confidence: float) -> dict:
     """The next answer from the losses (n,) of a pilot: the fields of `SampleSize` by name.
 
-    tolerance: tau. confidence: 1 - delta. The proposition speaks of the pilot and one more:
-    `upper` is the pilot's size where that step is small enough.
+    values      losses (n,)
+    tolerance   tau
+    confidence  1 - delta
+
+    The proposition speaks of the pilot and one more: `upper` is the pilot's size where that step is
+    small enough.
 
     >>> next_forecast(np.linspace(0, 1, 60), 0.1, 0.9)["sentence"]
     'enough: the next sample moves the mean by 0.0079 at most (plug-in k = 6)'
@@ -115,8 +129,12 @@ def step_forecast(
 ) -> dict:
     """The step answer from the losses (n,) of a pilot: the fields of `SampleSize` by name.
 
-    parts: of `worst_range`. ceiling: of the loss of any example at any weights of the ball, inf if
-    none is known. tolerance: tau. Source: Theorem (thm:k-step).
+    values     losses (n,)
+    parts      of `worst_range`
+    ceiling    of the loss of any example at any weights of the ball, inf if none is known
+    tolerance  tau
+
+    Source: Theorem (thm:k-step).
 
     >>> values = np.linspace(0, 1, 60)
     >>> step_forecast(values, worst_range(values), ceiling=4.0, tolerance=0.1)["sentence"]

@@ -11,22 +11,25 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 
+from utils.run.streams import numpy_generator
 from utils.sample_size.answer import conclude, drift
 from utils.sample_size.limits import budget, least_pilot, spread_limits
 
-STREAM = 17  # of the simulated Brownian motions: default_rng([seed, STREAM])
-TERMS = 2 * np.arange(50) + 1  # of the series for one probe
+TERMS: np.ndarray = 2 * np.arange(50) + 1  # of the series for one probe
 
 
 def fourth_moment(k: int, kurtosis: float, n: float = math.inf) -> float:
     """A bound of E |mean_k - mean_n|^4 / (trace of the covariance)^2 of vectors in random order.
 
-    k: vectors in the first mean. kurtosis: E Y^2 <= kurtosis (E Y)^2 for Y = |x - x'|^2/2 of two
-    of them. n: size of the pool, inf for a population. Exact in the fourth moment and in the
-    Hilbert-Schmidt norm of the covariance; both take their worst values.
-    Source: Theorem (thm:fourth).
+    k         vectors in the first mean
+    kurtosis  E Y^2 <= kurtosis (E Y)^2 for Y = |x - x'|^2/2 of two of them
+    n         size of the pool, inf for a population
+
+    Exact in the fourth moment and in the Hilbert-Schmidt norm of the covariance; both take their
+    worst values. Source: Theorem (thm:fourth).
 
     >>> fourth_moment(100, kurtosis=2.0)  # a sign at random: (1 + 3 * 99) / 100**3
     0.000298
@@ -75,11 +78,15 @@ def k_surface(
 ) -> float:
     """Examples that are enough for every k' >= k at once, by Doob's inequality.
 
-    variance: S_mu^2, with divisor n - 1 in a pool of n. tolerance: tau, in units of the loss.
-    confidence: 1 - delta. n: size of the pool whose mean is the limit; inf for the population.
-    kurtosis: of the pairs, if one is known or assumed. The smaller of two sizes: by second moments
-    ceil(1 / (1/n + delta tau^2 / S_mu^2)); with a kurtosis also the least k whose `fourth_moment`
-    is at most delta (tau / S_mu)^4. Source: Theorem (thm:neighbourhood), Theorem (thm:fourth).
+    variance    S_mu^2, with divisor n - 1 in a pool of n
+    tolerance   tau, in units of the loss
+    confidence  1 - delta
+    n           size of the pool whose mean is the limit; inf for the population
+    kurtosis    of the pairs, if one is known or assumed
+
+    The smaller of two sizes: by second moments ceil(1 / (1/n + delta tau^2 / S_mu^2)); with a
+    kurtosis also the least k whose `fourth_moment` is at most delta (tau / S_mu)^4. Source: Theorem
+    (thm:neighbourhood), Theorem (thm:fourth).
 
     >>> k_surface(variance=0.25, tolerance=0.1, confidence=0.75)
     100
@@ -102,12 +109,18 @@ def k_surface(
     return _least(lambda k: fourth_moment(k, kurtosis, n) <= allowed, by_second)
 
 
-def k_fixed_probes(losses, tolerance: float, confidence: float, n: int, ceiling: float) -> int:
+def k_fixed_probes(
+    losses: ArrayLike, tolerance: float, confidence: float, n: int, ceiling: float
+) -> int:
     """Least k <= n with |L_k - L_n| <= tau at all probes, for that one k: empirical Bernstein.
 
-    losses: (m_probes, m) of a pilot, which give the deviations (plug-in: the theorem's are those
-    of the k examples). tolerance: tau. confidence: 1 - delta. n: size of the pool. ceiling: at
-    least all losses. n - 1 is answered by n, where the mean is exact.
+    losses      (m_probes, m) of a pilot, which give the deviations (plug-in: the theorem's are
+                those of the k examples)
+    tolerance   tau
+    confidence  1 - delta
+    n           size of the pool
+    ceiling     at least all losses. n - 1 is answered by n, where the mean is exact.
+
     Source: Bardenet and Maillard (2015), Theorem 4.3, two-sided, a union over the probes.
 
     >>> k_fixed_probes(np.linspace(0, 1, 200), 0.1, 0.9, n=3000, ceiling=1.0)
@@ -118,7 +131,7 @@ def k_fixed_probes(losses, tolerance: float, confidence: float, n: int, ceiling:
     logarithm = math.log(10 * len(losses) / (1 - confidence))
     range_factor = (7 / 3 + 3 / math.sqrt(2)) * ceiling
 
-    def width(k):
+    def width(k: int) -> float:
         rho = 1 - (k - 1) / n if k <= n / 2 else (1 - k / n) * (1 + 1 / k)
         return deviation * math.sqrt(2 * rho * logarithm / k) + range_factor * logarithm / k
 
@@ -126,15 +139,18 @@ def k_fixed_probes(losses, tolerance: float, confidence: float, n: int, ceiling:
 
 
 def gaussian_factor(
-    losses, confidence: float, seed: int = 0, paths: int = 4000, steps: int = 400
+    losses: ArrayLike, confidence: float, seed: int = 0, paths: int = 4000, steps: int = 400
 ) -> float:
     """q^2 with k ~ q^2 S_mu^2 / tau^2 for large k, a quantile of sup over s <= 1 of |B(s)|^2.
 
-    losses: (n,) or (m_probes, n). confidence: of the quantile. seed, paths, steps: of the
-    simulation. k (L_k - L) at the probes tends to a Brownian motion B with the covariance of the
-    losses, here scaled to trace 1, and sup over k' >= k of |L_k' - L|, by inversion of time, to its
-    supremum over s <= 1 divided by sqrt(k). At one probe by the series of its distribution, at
-    more by simulation (low by a few per cent: a grid in time).
+    losses              (n,) or (m_probes, n)
+    confidence          of the quantile
+    seed, paths, steps  of the simulation
+
+    k (L_k - L) at the probes tends to a Brownian motion B with the covariance of the losses, here
+    scaled to trace 1, and sup over k' >= k of |L_k' - L|, by inversion of time, to its supremum
+    over s <= 1 divided by sqrt(k). At one probe by the series of its distribution, at more by
+    simulation (low by a few per cent: a grid in time).
 
     >>> round(gaussian_factor([0.0, 1.0, 3.0], 0.95) ** 0.5, 2)
     2.24
@@ -161,7 +177,7 @@ def _stays_below(q: float) -> float:
 def _suprema(weights: tuple[float, ...], seed: int, paths: int, steps: int) -> np.ndarray:
     """sup |B|^2 of simulated paths, (paths,), B with independent parts of these variances."""
     squares = np.zeros((paths, steps))
-    generator = np.random.default_rng([seed, STREAM])
+    generator = numpy_generator("gaussian factor", seed)
     for weight in weights:
         walk = generator.standard_normal((paths, steps)).cumsum(1)
         squares += weight * walk**2 / steps
@@ -169,7 +185,7 @@ def _suprema(weights: tuple[float, ...], seed: int, paths: int, steps: int) -> n
 
 
 def surface_forecast(
-    values,
+    values: ArrayLike,
     tolerance: float,
     confidence: float,
     kurtosis: float = 20.0,
@@ -179,8 +195,12 @@ def surface_forecast(
 ) -> dict:
     """The surface answer from the losses of a pilot alone: the fields of `SampleSize` by name.
 
-    values: losses (n,) or (m_probes, n). tolerance: tau. confidence: 1 - delta. kurtosis, ceiling,
-    distinct: see `limits.spread_limits`. seed: of `gaussian_factor`.
+    values                       losses (n,) or (m_probes, n)
+    tolerance                    tau
+    confidence                   1 - delta
+    kurtosis, ceiling, distinct  see `limits.spread_limits`
+    seed                         of `gaussian_factor`
+
     The interval [lower, upper] holds the true size with probability 1 - delta: half of delta at
     most for the upper limit of S_mu, half for the lower one, which is asymptotic in k. Raises
     ValueError for fewer than 4 examples. Source: Theorem (thm:fourth), Proposition (prop:pilot).

@@ -13,20 +13,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from utils.hessian import Losses
 from utils.hessian.norms import operator_norm
+from utils.run.streams import generator
 from utils.surface.identities import running_means
 
 
 def onto_ball(w: Tensor, centre: Tensor, radius: float) -> Tensor:
     """The point of the ball nearest to w.
 
-    Args:
-        w: (P,).
-        centre: (P,).
-        radius: of the ball [units of weight].
+    w       (P,)
+    centre  (P,)
+    radius  of the ball [units of weight]
 
     >>> onto_ball(torch.tensor([3.0, 4.0]), torch.zeros(2), 1.0)
     tensor([0.6000, 0.8000])
@@ -48,15 +49,13 @@ def worst_in_ball(
     along the gradient, back onto the ball, whose length falls from 2 radius to a hundredth of that:
     the first step solves a linear f.
 
-    Args:
-        value_and_gradient: w (P,) -> f(w) and its gradient (P,).
-        centre: (P,).
-        radius: of the ball [units of weight].
-        starts: weights (P,) in the ball.
-        steps: from each start [1].
+    value_and_gradient  w (P,) -> f(w) and its gradient (P,)
+    centre              (P,)
+    radius              of the ball [units of weight]
+    starts              weights (P,) in the ball
+    steps               from each start [1]
 
-    Returns:
-        |f|, and the weights (P,) where.
+    Returns |f|, and the weights (P,) where.
 
     >>> linear = lambda w: (w.sum().item(), torch.ones(2))
     >>> value, _ = worst_in_ball(linear, torch.zeros(2), 1.0, [torch.zeros(2)], 3)
@@ -84,14 +83,13 @@ def worst_in_ball(
 class OnBall:
     """f over |w - w0| <= radius beside its Taylor terms at w0 [nat].
 
-    Attributes:
-        radius: r [units of weight].
-        found: largest |f| by kind of probe: "random", "gradient" (both directions), "eigenspace",
-            "worst" (ascent).
-        value: |f(w0)|.
-        gradient: r |grad f(w0)|.
-        curvature: (r^2/2) ||Hess f(w0)||, by Lanczos: a lower estimate, residual below 1e-3 of it.
-        remainder: largest |f(w) - its quadratic Taylor polynomial| over the probes.
+    radius     r [units of weight]
+    found      largest |f| by kind of probe: "random", "gradient" (both directions), "eigenspace",
+               "worst" (ascent)
+    value      |f(w0)|
+    gradient   r |grad f(w0)|
+    curvature  (r^2/2) ||Hess f(w0)||, by Lanczos: a lower estimate, residual below 1e-3 of it
+    remainder  largest |f(w) - its quadratic Taylor polynomial| over the probes
     """
 
     radius: float
@@ -114,10 +112,9 @@ class OnBall:
     def first_form(self, curvature: float, gradient: bool = True) -> float:
         """(eq:one-step-ball-a) times k + 1.
 
-        Args:
-            curvature: sum of the two Hessian norms in it [nat/w^2]; a bound if they are suprema
-                over the ball.
-            gradient: with the gradient term, which the published inequality lacks.
+        curvature  sum of the two Hessian norms in it [nat/w^2]; a bound if they are suprema over
+                   the ball
+        gradient   with the gradient term, which the published inequality lacks
         """
         slope = self.gradient if gradient else 0.0
         return self.value + slope + self.radius**2 / 2 * curvature
@@ -126,10 +123,9 @@ class OnBall:
 class Difference:
     """f as a function of the weights.
 
-    Attributes:
-        losses: of all examples.
-        plus: whose mean loss counts.
-        minus: whose mean loss is taken away.
+    losses  of all examples
+    plus    whose mean loss counts
+    minus   whose mean loss is taken away
 
     >>> losses = Losses(torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 0]))
     >>> f = Difference(losses, [0], [1])
@@ -137,7 +133,7 @@ class Difference:
     True
     """
 
-    def __init__(self, losses: Losses, plus: Sequence[int], minus: Sequence[int]):
+    def __init__(self, losses: Losses, plus: ArrayLike, minus: ArrayLike):
         self.losses = losses
         self.plus = torch.as_tensor(plus)
         self.minus = torch.as_tensor(minus)
@@ -183,8 +179,8 @@ class _Direction:
 
 def difference_on_ball(
     losses: Losses,
-    plus: Sequence[int],
-    minus: Sequence[int],
+    plus: ArrayLike,
+    minus: ArrayLike,
     radii: Sequence[float],
     *,
     basis: Tensor | None = None,
@@ -198,19 +194,17 @@ def difference_on_ball(
     Probes: both directions of grad f, some at random, some at random in the span of a basis.
     Source: (thm:one-step-ball), (thm:surface-ball).
 
-    Args:
-        losses: of n examples, as a function of the P weights.
-        plus: examples whose mean loss counts.
-        minus: examples whose mean loss is taken away.
-        radii: of the balls [units of weight].
-        basis: (D, P), orthonormal.
-        n_random: directions at random, and as many in the span of the basis [1].
-        steps: of ascent, one number or one a radius [1].
-        restarts: probes from which ascent starts [1].
-        seed: of the directions, which depend on the examples as well.
+    losses    of n examples, as a function of the P weights
+    plus      examples whose mean loss counts
+    minus     examples whose mean loss is taken away
+    radii     of the balls [units of weight]
+    basis     (D, P), orthonormal
+    n_random  directions at random, and as many in the span of the basis [1]
+    steps     of ascent, one number or one a radius [1]
+    restarts  probes from which ascent starts [1]
+    seed      of the directions, which depend on the examples as well
 
-    Returns:
-        One `OnBall` a radius.
+    Returns one `OnBall` a radius.
 
     >>> losses = Losses(torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 0]))
     >>> found = difference_on_ball(losses, [0], [1], [0.1, 1.0], steps=2)
@@ -221,10 +215,10 @@ def difference_on_ball(
     w0 = losses.w
     hessian = f.hessian()
     gradient = f.gradient()
-    generator = torch.Generator().manual_seed(f.stream(seed))
+    stream = generator("contrast on a ball", f.stream(seed))
 
     def normal(n: int, size: int) -> Tensor:
-        return torch.randn(n, size, generator=generator, dtype=torch.float64).to(w0)
+        return torch.randn(n, size, generator=stream, dtype=torch.float64).to(w0)
 
     def along(kind: str, u: Tensor) -> _Direction:
         return _Direction(kind, u, (gradient @ u).item(), (u @ hessian(u)).item())
@@ -271,15 +265,13 @@ def distances_on_ball(
     Each order is asked at weights of its own, the same ones at every k: the centre, and where
     ascent from the centre ends for each of some k. Source: (eq:ball-tail).
 
-    Args:
-        losses: of n examples, as a function of the weights.
-        orders: (n_orders, n) integers.
-        sizes: the k from which ascent is made [examples].
-        radius: of the ball [units of weight].
-        steps: of ascent [1].
+    losses  of n examples, as a function of the weights
+    orders  (n_orders, n) integers
+    sizes   the k from which ascent is made [examples]
+    radius  of the ball [units of weight]
+    steps   of ascent [1]
 
-    Returns:
-        (n_orders, n) [nat].
+    Returns (n_orders, n) [nat].
 
     >>> losses = Losses(torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1]))
     >>> distances_on_ball(losses, np.array([[0, 1]]), [1], 0.1).shape

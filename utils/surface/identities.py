@@ -20,11 +20,9 @@ from scipy.signal import lfilter
 def as_pool(losses: ArrayLike) -> np.ndarray:
     """Losses (n,) or (m, n) as (m, n) of float64.
 
-    Args:
-        losses: (n,) at one weight, or (m, n) at m weights [nat].
+    losses  (n,) at one weight, or (m, n) at m weights [nat]
 
-    Raises:
-        ValueError: fewer than 3 losses have no rate.
+    Raises ValueError for fewer than 3 losses, which have no rate.
 
     >>> as_pool([1.0, 2.0, 4.0]).shape
     (1, 3)
@@ -43,12 +41,10 @@ def _ordered(losses: ArrayLike, orders: np.ndarray | None) -> np.ndarray:
 def running_means(losses: ArrayLike, orders: np.ndarray | None = None) -> np.ndarray:
     """L_k for k = 1 .. n.
 
-    Args:
-        losses: (n,) [nat].
-        orders: (n_orders, n) integers; without them one order, as given.
+    losses  (n,) [nat]
+    orders  (n_orders, n) integers; without them one order, as given
 
-    Returns:
-        (n_orders, n) [nat].
+    Returns (n_orders, n) [nat].
 
     >>> running_means([1.0, 3.0, 8.0])
     array([[1., 2., 4.]])
@@ -63,13 +59,11 @@ def loss_steps(losses: ArrayLike, orders: np.ndarray | None = None, batch: int =
     Computed as b/(k+b) times (the mean of the next b losses - L_k): the difference of two running
     means cancels. Source: (prop:identity), (eq:rate-batch).
 
-    Args:
-        losses: (n,) [nat].
-        orders: (n_orders, n) integers; without them one order, as given.
-        batch: b, how many arrive together [examples].
+    losses  (n,) [nat]
+    orders  (n_orders, n) integers; without them one order, as given
+    batch   b, how many arrive together [examples]
 
-    Returns:
-        (n_orders, n - b) [nat].
+    Returns (n_orders, n - b) [nat].
 
     >>> loss_steps([1.0, 3.0, 8.0])
     array([[1., 2.]])
@@ -89,10 +83,9 @@ class ExpectedSteps:
 
     One loss that differs from the rest attains the lower end at every k; the ends meet at n - 1.
 
-    Attributes:
-        k: (n - 1,) sizes 1 .. n - 1 [examples].
-        mean_low: (n - 1,) lower end [nat].
-        mean_high: (n - 1,) upper end [nat].
+    k          (n - 1,) sizes 1 .. n - 1 [examples].
+    mean_low   (n - 1,) lower end [nat]
+    mean_high  (n - 1,) upper end [nat]
     """
 
     k: np.ndarray
@@ -105,11 +98,9 @@ def expected_steps(losses: ArrayLike) -> ExpectedSteps:
 
     Source: (prop:rate).
 
-    Args:
-        losses: (n,) or (m, n) [nat].
+    losses  (n,) or (m, n) [nat]
 
-    Raises:
-        ValueError: there are fewer than 3 losses.
+    Raises ValueError where there are fewer than 3 losses.
 
     >>> bracket = expected_steps([0.0, 0.0, 3.0])
     >>> bool(bracket.mean_low[-1] == bracket.mean_high[-1])
@@ -130,15 +121,12 @@ def expected_rms(losses: ArrayLike, batch: int = 1) -> np.ndarray:
 
     Source: (eq:rate-batch); at m weights S^2 is the mean over them (thm:neighbourhood).
 
-    Args:
-        losses: (n,) or (m, n) [nat].
-        batch: b, how many arrive together [examples].
+    losses  (n,) or (m, n) [nat]
+    batch   b, how many arrive together [examples]
 
-    Returns:
-        (n - b,), one value for each k = 1 .. n - b [nat].
+    Returns (n - b,), one value for each k = 1 .. n - b [nat].
 
-    Raises:
-        ValueError: there are fewer than 3 losses.
+    Raises ValueError where there are fewer than 3 losses.
 
     >>> expected_rms([0.0, 1.0, 2.0]).round(3)
     array([0.707, 0.408])
@@ -155,12 +143,10 @@ def expected_distance(losses: ArrayLike, target: ArrayLike | None = None) -> np.
     The gap is L_n - target, for a target that does not depend on the order; no k removes it.
     Source: (prop:two-questions).
 
-    Args:
-        losses: (n,) or (m, n) [nat].
-        target: a number, or (m,) for m weights [nat]; L_n if there is none.
+    losses  (n,) or (m, n) [nat]
+    target  a number, or (m,) for m weights [nat]; L_n if there is none
 
-    Returns:
-        (n,), one value for each k = 1 .. n [nat].
+    Returns (n,), one value for each k = 1 .. n [nat].
 
     >>> expected_distance([0.0, 2.0])
     array([1., 0.])
@@ -180,12 +166,10 @@ def smoothed(values: ArrayLike, factor: float) -> np.ndarray:
     Of a falling curve it keeps factor^{k-1} x_1, long after x_k is smaller.
     Source: (rem:smoothing).
 
-    Args:
-        values: (n,) in any unit.
-        factor: weight of the past, in [0, 1) [1].
+    values  (n,) in any unit
+    factor  weight of the past, in [0, 1) [1]
 
-    Returns:
-        (n,) in the unit of `values`.
+    Returns (n,) in the unit of `values`.
 
     >>> smoothed([1.0, 0.0, 0.0], 0.5)
     array([1.  , 0.5 , 0.25])
@@ -203,14 +187,12 @@ def hessian_squares(
     The example that arrives after k is the last of its order, the same at every k.
     Source: (prop:rate), in Frobenius norm.
 
-    Args:
-        norms: (n,) norms of the examples' Hessians [nat/w^2].
-        orders: (n_orders, n) integers.
-        k: (m,) sizes [examples].
+    norms   (n,) norms of the examples' Hessians [nat/w^2]
+    orders  (n_orders, n) integers
+    k       (m,) sizes [examples]
 
-    Returns:
-        By name, "H_k - H_n" and "H_k+1 - H_k": the squares (n_orders, m), and their mean over all
-        orders (m,).
+    Returns by name, "H_k - H_n" and "H_k+1 - H_k": the squares (n_orders, m), and their mean over
+    all orders (m,).
 
     >>> squares, mean = hessian_squares([1.0, 2.0], np.array([[0, 1]]), [1])["H_k - H_n"]
     >>> squares, mean

@@ -7,6 +7,7 @@ gradient term, the second-order one, and the one that is proved over the ball.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,13 +41,11 @@ def _entry(on_ball: OnBall, norms_at_centre: float) -> dict[str, float]:
 def two_questions(order: Sequence[int], k: int) -> dict[str, tuple]:
     """Whose mean losses differ, for the two statements over a ball.
 
-    Args:
-        order: of the pool (n,).
-        k: size of the sample [examples].
+    order  of the pool (n,)
+    k      size of the sample [examples]
 
-    Returns:
-        By experiment, "ball" (one step) and "distance on ball": the examples that count, and those
-        whose mean is taken away.
+    Returns by experiment, "ball" (one step) and "distance on ball": the examples that count, and
+    those whose mean is taken away.
 
     >>> two_questions([2, 0, 1], 1)
     {'ball': ([0], [2]), 'distance on ball': ([2], [0, 1])}
@@ -63,22 +62,20 @@ def pairs_on_balls(
     orders: np.ndarray,
     sizes: Sequence[int],
     fractions: Sequence[float],
-    **options,
+    **options: Any,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Both differences over balls, for each order with the next k of some sizes.
 
-    Args:
-        losses: of n examples, as a function of the weights w0.
-        norms: (n,) of their Hessians at w0 [nat/w^2].
-        orders: (pairs, n) integers.
-        sizes: the k, taken in turn [examples].
-        fractions: radii [fraction of |w0|].
-        options: of `difference_on_ball`.
+    losses     of n examples, as a function of the weights w0
+    norms      (n,) of their Hessians at w0 [nat/w^2]
+    orders     (pairs, n) integers
+    sizes      the k, taken in turn [examples]
+    fractions  radii [fraction of |w0|]
+    options    of `difference_on_ball`
 
-    Returns:
-        One table for the step (times k + 1), one for the distance (over 1 - k/n), a row a pair and
-        radius: k, pair, r [units of weight], fraction, measured, "found" by kind of probe, the
-        terms and the forms, with norms at w0 [nat].
+    Returns one table for the step (times k + 1), one for the distance (over 1 - k/n), a row a pair
+    and radius: k, pair, r [units of weight], fraction, measured, "found" by kind of probe, the
+    terms and the forms, with norms at w0 [nat].
 
     >>> import torch
     >>> losses = Losses(torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1]))
@@ -88,7 +85,7 @@ def pairs_on_balls(
     """
     length = losses.w.norm().item()
     radii = [fraction * length for fraction in fractions]
-    tables = {"ball": [], "distance on ball": []}
+    tables: dict[str, list[dict]] = {"ball": [], "distance on ball": []}
     for pair, order in enumerate(tqdm(orders, "balls", mininterval=5)):
         k = int(sizes[pair % len(sizes)])
         for experiment, (plus, minus) in two_questions(order, k).items():
@@ -103,19 +100,16 @@ def pairs_on_balls(
 def largest_norm_on_ball(model: nn.Module, x: Tensor, y: Tensor, loss: str, radius: float) -> float:
     """Largest Hessian norm of an example on the ball, proved by the activations rung [nat/w^2].
 
-    Args:
-        model: the network.
-        x: (n, ...) examples.
-        y: (n,) labels.
-        loss: its name.
-        radius: of the ball [units of weight].
+    model   the network
+    x       (n, ...) examples
+    y       (n,) labels
+    loss    its name
+    radius  of the ball [units of weight]
 
-    Returns:
-        inf where the rung overflows or does not know the network.
+    Returns inf where the rung overflows or does not know the network.
 
     >>> import torch
-    >>> x, y = torch.eye(2), torch.tensor([0, 1])  # Hessian of the mean square: x1 x1^T, x1 = (x,
-    1)
+    >>> x, y = torch.eye(2), torch.tensor([0, 1])  # the Hessian is z z^T, z = (x, 1)
     >>> round(largest_norm_on_ball(torch.nn.Linear(2, 2), x, y, "mse", 0.1), 6)
     2.0
     """
@@ -130,9 +124,8 @@ def largest_norm_on_ball(model: nn.Module, x: Tensor, y: Tensor, loss: str, radi
 def violations(table: pd.DataFrame, forms: Iterable[str] = FORMS) -> pd.DataFrame:
     """Where the measured change exceeds a form: a bool a row and form.
 
-    Args:
-        table: with a column `measured` and one a form.
-        forms: their names.
+    table  with a column `measured` and one a form
+    forms  their names
 
     >>> table = pd.DataFrame({"measured": [1.0, 2.0], "published": [1.5, 1.5]})
     >>> violations(table, ["published"])["published"].tolist()
@@ -148,15 +141,13 @@ def add_distance_forms(
 
     Source: (thm:surface-ball), the remainder bounded by (1 - k/n) R^2 times the largest norm.
 
-    Args:
-        table: the second of `pairs_on_balls`.
-        n: size of the pool [examples].
-        spread: of its examples at w0.
-        largest: (rows,) largest Hessian norm on the ball of each row [nat/w^2].
+    table    the second of `pairs_on_balls`
+    n        size of the pool [examples]
+    spread   of its examples at w0
+    largest  (rows,) largest Hessian norm on the ball of each row [nat/w^2]
 
-    Returns:
-        The table with `scale` = sqrt(1/k - 1/n), `sup` (found), `B` and `S alone` (without
-        remainder), `bound` (proved).
+    Returns the table with `scale` = sqrt(1/k - 1/n), `sup` (found), `B` and `S alone` (without
+    remainder), `bound` (proved).
 
     >>> flat = Spreads(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     >>> table = pd.DataFrame({"k": [1], "r": [0.1], "measured": [1.0]})
@@ -180,9 +171,8 @@ def mean_exceeds(table: pd.DataFrame, form: str) -> list[float]:
 
     One-sided t tests at 5 % for all radii together, of the excess in units of sqrt(1/k - 1/n).
 
-    Args:
-        table: of `add_distance_forms`, several pairs a radius.
-        form: its column.
+    table  of `add_distance_forms`, several pairs a radius
+    form   its column
 
     >>> rows = {"sup": [1.0, 1.1], "B": [0.5, 0.5], "scale": 1.0, "fraction": 0.1}
     >>> mean_exceeds(pd.DataFrame(rows), "B")
@@ -203,15 +193,13 @@ def straying_orders(
 
     Source: (eq:ball-tail), without its remainder.
 
-    Args:
-        later: (n_orders,) largest |L_k' - L_n| over the ball and over k' >= k [nat].
-        constants: by name, in place of B [nat].
-        root: sqrt(1/k - 1/n) [1].
-        deltas: the shares allowed [1].
+    later      (n_orders,) largest |L_k' - L_n| over the ball and over k' >= k [nat]
+    constants  by name, in place of B [nat]
+    root       sqrt(1/k - 1/n) [1]
+    deltas     the shares allowed [1]
 
-    Returns:
-        A row a delta: bound, and by constant the tolerance "tau", the "share" and its exact
-        binomial interval "low", "high", which hold for all deltas together.
+    Returns a row a delta: bound, and by constant the tolerance "tau", the "share" and its exact
+    binomial interval "low", "high", which hold for all deltas together.
 
     >>> table = straying_orders(np.array([0.5, 2.0]), {"B": 1.0}, 1.0, [0.5])
     >>> table["share, B"].item()

@@ -1,7 +1,7 @@
 """Intervals of means, slopes and shares.
 
 An interval by bootstrap needs FEWEST rows, one by the ratio to a known mean FEWEST_RATIOS: from
-fewer there is none, and no verdict. Streams: `[seed, 7]` for means, `[seed, 11]` for slopes.
+fewer there is none, and no verdict.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 from scipy.stats import t as student
 
+from utils.run.streams import numpy_generator
+
 FEWEST = 100  # of 20 squares with a heavy tail a bootstrap's "95 %" misses more than 1 in 5
 FEWEST_RATIOS = 20  # of `rms_by_ratio`, whose tails the auxiliary takes away
 
 
-def _resampled(rows: np.ndarray, seed: list[int], draws: int) -> np.ndarray:
+def _resampled(rows: np.ndarray, stream: np.random.Generator, draws: int) -> np.ndarray:
     """Means (draws, m) of rows (r, m) drawn with replacement."""
     r = len(rows)
-    counts = np.random.default_rng(seed).multinomial(r, np.full(r, 1 / r), size=draws)
+    counts = stream.multinomial(r, np.full(r, 1 / r), size=draws)
     return counts / r @ rows
 
 
@@ -29,13 +31,11 @@ def bootstrap_mean(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over rows with a 95 % percentile-bootstrap interval over rows.
 
-    Args:
-        rows: (r, m) in any unit.
-        seed: of the stream `[seed, 7]`.
-        draws: of the bootstrap [1].
+    rows   (r, m) in any unit
+    seed   of the stream "bootstrap of means"
+    draws  of the bootstrap [1]
 
-    Returns:
-        Mean, low and high, each (m,); nan for the ends of fewer than FEWEST rows.
+    Returns mean, low and high, each (m,); nan for the ends of fewer than FEWEST rows.
 
     >>> mean, low, high = bootstrap_mean(np.arange(200.0)[:, None])
     >>> bool(low < mean < high)
@@ -45,7 +45,9 @@ def bootstrap_mean(
     if len(rows) < FEWEST:
         absent = np.full_like(mean, math.nan)
         return mean, absent, absent
-    low, high = np.quantile(_resampled(rows, [seed, 7], draws), [0.025, 0.975], axis=0)
+    low, high = np.quantile(
+        _resampled(rows, numpy_generator("bootstrap of means", seed), draws), [0.025, 0.975], axis=0
+    )
     return mean, low, high
 
 
@@ -54,16 +56,14 @@ def log_log_slope(
 ) -> tuple[float, float, float]:
     """Least-squares slope of log(mean over rows) against log k, with a bootstrap interval.
 
-    Args:
-        k: (m,) positive.
-        rows: (r, m), not negative, one row an order.
-        seed: of the stream `[seed, 11]`.
-        level: of the interval [1].
-        root: fit the square root of the mean, a root mean square from squares.
+    k      (m,) positive
+    rows   (r, m), not negative, one row an order
+    seed   of the stream "bootstrap of slopes"
+    level  of the interval [1]
+    root   fit the square root of the mean, a root mean square from squares
 
-    Returns:
-        Slope, low and high; nan for the ends of fewer than FEWEST rows, and for all three where
-        there is no slope (one k, or a mean of zero).
+    Returns slope, low and high; nan for the ends of fewer than FEWEST rows, and for all three where
+    there is no slope (one k, or a mean of zero).
 
     >>> k = np.array([1.0, 10.0, 100.0])
     >>> print(log_log_slope(k, 1 / k[None])[0].round(9))
@@ -74,7 +74,9 @@ def log_log_slope(
         return math.nan, math.nan, math.nan
     if len(rows) >= FEWEST:
         draws = round(20 / (1 - level))  # ten beyond each end
-        means = np.vstack([means, _resampled(rows, [seed, 11], draws)])
+        means = np.vstack(
+            [means, _resampled(rows, numpy_generator("bootstrap of slopes", seed), draws)]
+        )
     x = np.log(k) - np.log(k).mean()
     power = 0.5 if root else 1.0
     with np.errstate(divide="ignore", invalid="ignore"):  # a draw of zeros only: no interval
@@ -95,30 +97,28 @@ def rms_by_ratio(
     tails cancel; whatever the auxiliary, the estimate is consistent. Intervals by the jackknife
     over rows with Student's t.
 
-    Args:
-        k: (m,) positive.
-        squares: (r, m), a row an order.
-        auxiliary: (r, m), of the same orders.
-        known: (m,), mean of the auxiliary over all orders.
-        level: of the intervals [1].
+    k          (m,) positive
+    squares    (r, m), a row an order
+    auxiliary  (r, m), of the same orders
+    known      (m,), mean of the auxiliary over all orders
+    level      of the intervals [1]
 
-    Returns:
-        (rms, low, high), each (m,), and (slope, low, high); nan for the ends of fewer than
-        FEWEST_RATIOS rows.
+    Returns (rms, low, high), each (m,), and (slope, low, high); nan for the ends of fewer than
+    FEWEST_RATIOS rows.
 
     >>> k, ones = np.array([1.0, 4.0]), np.ones((30, 2))
     >>> (rms, *_), (slope, *_) = rms_by_ratio(k, ones / k**2, ones, np.ones(2))
-    >>> print(rms.round(3), slope.round(3))
+    >>> print(rms.round(3), round(slope, 3))
     [1.   0.25] -1.0
     """
     x = np.log(k) - np.log(k).mean()
     rows = len(squares)
 
-    def log_rms_and_slope(square, aux):
+    def log_rms_and_slope(square: np.ndarray, aux: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         log_rms = 0.5 * np.log(square / aux * known)
         return log_rms, log_rms @ x / (x @ x)
 
-    found = np.append(*log_rms_and_slope(squares.mean(0), auxiliary.mean(0)))
+    found: np.ndarray = np.append(*log_rms_and_slope(squares.mean(0), auxiliary.mean(0)))
     half = np.full_like(found, math.nan)
     if rows >= FEWEST_RATIOS:
         without = squares.sum(0) - squares, auxiliary.sum(0) - auxiliary
@@ -126,17 +126,17 @@ def rms_by_ratio(
         scatter = np.square(each - each.mean(0)).sum(0)
         half = student.ppf((1 + level) / 2, rows - 1) * np.sqrt((rows - 1) / rows * scatter)
     low, high = found - half, found + half
-    rms = np.exp([found[:-1], low[:-1], high[:-1]])
-    return tuple(rms), (found[-1], low[-1], high[-1])
+    ends = (np.exp(part[:-1]) for part in (found, low, high))
+    rms, rms_low, rms_high = ends
+    return (rms, rms_low, rms_high), (float(found[-1]), float(low[-1]), float(high[-1]))
 
 
 def binomial_interval(hits: int, trials: int, level: float = 0.95) -> tuple[float, float]:
     """The exact interval of a share (Clopper and Pearson 1934).
 
-    Args:
-        hits: how many of the trials [1].
-        trials: how many in all [1].
-        level: of the interval [1].
+    hits    how many of the trials [1]
+    trials  how many in all [1]
+    level   of the interval [1]
 
     >>> low, high = binomial_interval(0, 10)
     >>> low, round(high, 3)
@@ -148,9 +148,8 @@ def binomial_interval(hits: int, trials: int, level: float = 0.95) -> tuple[floa
 def mean_gap(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     """Difference of two independent means, and its standard error.
 
-    Args:
-        values: (n,) in any unit.
-        others: (m,) in the same unit.
+    values  (n,) in any unit
+    others  (m,) in the same unit
 
     >>> mean_gap(np.array([1.0, 3.0]), np.array([0.0, 2.0]))[0].item()
     1.0
@@ -162,13 +161,11 @@ def mean_gap(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
 def first_crossing(x: ArrayLike, y: ArrayLike, level: float) -> float:
     """The x at which y first exceeds a level, interpolated in log x and log y.
 
-    Args:
-        x: (m,) increasing.
-        y: (m,) values.
-        level: to exceed, in the unit of y.
+    x      (m,) increasing
+    y      (m,) values
+    level  to exceed, in the unit of y
 
-    Returns:
-        x[0] if y exceeds the level at once, inf if never.
+    Returns x[0] if y exceeds the level at once, inf if never.
 
     >>> round(first_crossing([1, 10, 100], [1e-4, 1e-2, 1.0], 1e-3), 3)
     3.162
@@ -181,6 +178,6 @@ def first_crossing(x: ArrayLike, y: ArrayLike, level: float) -> float:
     first = above[0]
     if first == 0:
         return float(x[0])
-    ends = slice(first - 1, first + 1)
+    ends: slice = slice(first - 1, first + 1)
     logs = np.log(np.maximum(y[ends], 1e-300))
     return float(np.exp(np.interp(np.log(level), logs, np.log(x[ends]))))

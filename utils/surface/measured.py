@@ -7,6 +7,8 @@ and, at k = 0, the slope of the rms in logarithms.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -19,7 +21,9 @@ from utils.surface.intervals import bootstrap_mean, log_log_slope
 COLUMNS = ["k", "quantity", "value", "low", "high", "theory_low", "theory_high"]
 
 
-def _rows(k: ArrayLike, quantity: str, values, theory_low, theory_high) -> pd.DataFrame:
+def _rows(
+    k: ArrayLike, quantity: str, values: Any, theory_low: Any, theory_high: Any
+) -> pd.DataFrame:
     value, low, high = values
     columns = k, quantity, value, low, high, theory_low, theory_high
     return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
@@ -45,16 +49,14 @@ def measure_steps(
 
     A batch b > 1 has no bracket and so no mean. Source: (prop:rate), (eq:rate-batch).
 
-    Args:
-        losses: (n,) or (m, n) [nat].
-        orders: (n_orders, n) integers.
-        k: (points,) sizes, at most n - b [examples].
-        seed: of the bootstrap.
-        batch: b, how many arrive together [examples].
-        level: of the interval of the slope [1].
+    losses  (n,) or (m, n) [nat]
+    orders  (n_orders, n) integers
+    k       (points,) sizes, at most n - b [examples]
+    seed    of the bootstrap
+    batch   b, how many arrive together [examples]
+    level   of the interval of the slope [1]
 
-    Raises:
-        ValueError: there are fewer than 3 losses.
+    Raises ValueError where there are fewer than 3 losses.
 
     >>> orders = np.array([[0, 1, 2], [2, 0, 1]])
     >>> measure_steps([1.0, 2.0, 4.0], orders, np.array([1, 2]))["quantity"].tolist()
@@ -86,15 +88,13 @@ def measure_distance(
 
     The slope is against 1/k - 1/n, 1/2 in theory. Source: (prop:two-questions).
 
-    Args:
-        losses: (n,) or (m, n) [nat].
-        orders: (n_orders, n) integers.
-        k: (points,) sizes, below n [examples].
-        target: a number, or (m,) for m weights [nat].
-        seed: of the bootstrap.
+    losses  (n,) or (m, n) [nat]
+    orders  (n_orders, n) integers
+    k       (points,) sizes, below n [examples]
+    target  a number, or (m,) for m weights [nat]
+    seed    of the bootstrap
 
-    Raises:
-        ValueError: there are fewer than 3 losses.
+    Raises ValueError where there are fewer than 3 losses.
 
     >>> orders = np.array([[0, 1, 2], [2, 0, 1]])
     >>> measure_distance([1.0, 2.0, 4.0], orders, np.array([1, 2]))["quantity"].tolist()
@@ -116,14 +116,12 @@ def measure_steps_as_distance(
 ) -> pd.DataFrame:
     """The control of `measure_distance`: steps of the same orders through the same fit.
 
-    Args:
-        losses: (n,) or (m, n) [nat].
-        orders: (n_orders, n) integers.
-        k: (points,) sizes, below n [examples].
-        seed: of the bootstrap.
+    losses  (n,) or (m, n) [nat]
+    orders  (n_orders, n) integers
+    k       (points,) sizes, below n [examples]
+    seed    of the bootstrap
 
-    Raises:
-        ValueError: there are fewer than 3 losses.
+    Raises ValueError where there are fewer than 3 losses.
 
     >>> orders = np.array([[0, 1, 2], [2, 0, 1]])
     >>> measure_steps_as_distance([1.0, 2.0, 4.0], orders, np.array([1, 2])).theory_low.tolist()[-1]
@@ -145,14 +143,12 @@ def measure_halves(
     It stands in for L_{k+1} - L_k in published procedures; the step's rate is that of one example,
     this one's that of a subsample. Source: (rem:subsamples).
 
-    Args:
-        losses: (n,) or (m, n) [nat].
-        orders: (n_orders, n) integers.
-        k: (points,) even sizes with 3k/2 <= n [examples].
-        seed: of the bootstrap.
+    losses  (n,) or (m, n) [nat]
+    orders  (n_orders, n) integers
+    k       (points,) even sizes with 3k/2 <= n [examples]
+    seed    of the bootstrap
 
-    Raises:
-        ValueError: there are fewer than 3 losses.
+    Raises ValueError where there are fewer than 3 losses.
 
     >>> orders = np.array([[0, 1, 2], [2, 0, 1]])
     >>> measure_halves([1.0, 2.0, 4.0], orders, np.array([2]))["k"].tolist()
@@ -160,7 +156,7 @@ def measure_halves(
     """
     pool = as_pool(losses)
     half = np.asarray(k) // 2
-    squares = 0.0
+    squares = np.zeros(1)
     for row in pool:
         sums = np.pad(np.cumsum(row[orders], axis=1), ((0, 0), (1, 0)))
         others = sums[:, 3 * half] - sums[:, 2 * half]
@@ -180,27 +176,23 @@ def table_of(
 ) -> pd.DataFrame:
     """A table of rms values and of their slope that were estimated otherwise.
 
-    Args:
-        k: (points,) sizes [examples].
-        rms: value, low and high, each (points,).
-        slope: value, low, high and exact.
-        upper: (points,) bound on the rms.
+    k      (points,) sizes [examples]
+    rms    value, low and high, each (points,)
+    slope  value, low, high and exact
+    upper  (points,) bound on the rms
 
     >>> nan = np.full(1, np.nan)
     >>> table_of(np.array([5]), (nan, nan, nan), (1.0, 0.9, 1.1, 1.0))["quantity"].tolist()
     ['rms', 'slope']
     """
-    *found, exact = slope
-    tables = [_rows(k, "rms", rms, np.nan, upper), _slope(found, exact)]
+    tables = [_rows(k, "rms", rms, np.nan, upper), _slope(slope[:3], slope[3])]
     return pd.concat(tables, ignore_index=True)
 
 
 def rms_of(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the rms, with two columns more: `ratio` to the exact value, and `inside`.
 
-    Args:
-        table: as `measure_steps` returns it; `inside` says whether the exact value lies in the
-            interval.
+    table  as `measure_steps` returns it; `inside` says whether the exact value lies in the interval
 
     >>> row = {"k": 5, "quantity": "rms", "value": 2.0, "low": 1.0, "high": 3.0}
     >>> rms_of(pd.DataFrame([row | {"theory_low": 4.0, "theory_high": 4.0}])).ratio.item()
@@ -216,9 +208,8 @@ def share_in_bracket(table: pd.DataFrame, n_orders: int) -> float:
 
     The error is wide enough that of means inside the bracket one in 1000 tables has a miss.
 
-    Args:
-        table: of `measure_steps` with batch 1.
-        n_orders: over which the mean was taken [1].
+    table     of `measure_steps` with batch 1
+    n_orders  over which the mean was taken [1]
 
     >>> orders = np.array([[0, 1, 2], [2, 0, 1]])
     >>> share_in_bracket(measure_steps([1.0, 2.0, 4.0], orders, np.array([1, 2])), 2).item()

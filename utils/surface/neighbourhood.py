@@ -19,16 +19,16 @@ from torch import Tensor
 
 from utils.hessian import Losses
 from utils.hessian.losses import SampleHessians
+from utils.run.streams import generator, numpy_generator
 
 
 @dataclass(frozen=True)
 class Eigenspace:
     """Leading eigenvectors of a Hessian.
 
-    Attributes:
-        values: (D,) of largest magnitude, descending [nat/w^2].
-        vectors: (D, P) of unit length.
-        residuals: (D,) |H v - theta v| [nat/w^2].
+    values     (D,) of largest magnitude, descending [nat/w^2]
+    vectors    (D, P) of unit length
+    residuals  (D,) |H v - theta v| [nat/w^2]
     """
 
     values: np.ndarray
@@ -39,11 +39,10 @@ class Eigenspace:
 def top_eigenspace(losses: Losses, D: int, rows: Tensor | None = None, seed: int = 0) -> Eigenspace:
     """The D leading eigenvectors of the Hessian of a mean loss, by ARPACK (restarted Lanczos).
 
-    Args:
-        losses: of n examples, as a function of the P weights.
-        D: how many, below P [1].
-        rows: of the mean loss; all examples, if there are none.
-        seed: of the starting vector, stream `[seed, 17]`.
+    losses  of n examples, as a function of the P weights
+    D       how many, below P [1]
+    rows    of the mean loss; all examples, if there are none
+    seed    of the starting vector, stream `[seed, 17]`
 
     >>> losses = Losses(torch.nn.Linear(2, 2), torch.ones(3, 2), torch.tensor([0, 1, 0]))
     >>> top_eigenspace(losses, 2).vectors.shape
@@ -55,7 +54,7 @@ def top_eigenspace(losses: Losses, D: int, rows: Tensor | None = None, seed: int
         v = torch.as_tensor(v.ravel().copy()).to(losses.w)
         return product(v).double().cpu().numpy()
 
-    start = np.random.default_rng([seed, 17]).normal(size=losses.P)
+    start = numpy_generator("eigenspace start", seed).normal(size=losses.P)
     operator = LinearOperator((losses.P, losses.P), matvec=apply, dtype=np.float64)
     theta, vectors = eigsh(operator, k=D, which="LM", v0=start, tol=1e-6)
     order = np.argsort(-np.abs(theta))
@@ -70,22 +69,20 @@ def gaussian_probes(
 ) -> Tensor:
     """Weights from N(w, sigma^2 I), or from N(w, sigma^2 U^T U) for a basis U.
 
-    Args:
-        w: (P,) centre.
-        sigma: of every coordinate [units of weight].
-        n_probes: how many weights [1].
-        seed: of torch's stream 0x6A55 + seed.
-        basis: U (D, P), orthonormal.
+    w         (P,) centre
+    sigma     of every coordinate [units of weight]
+    n_probes  how many weights [1]
+    seed      of torch's stream 0x6A55 + seed
+    basis     U (D, P), orthonormal
 
-    Returns:
-        (n_probes, P).
+    Returns (n_probes, P).
 
     >>> gaussian_probes(torch.zeros(3), 0.1, 5).shape
     torch.Size([5, 3])
     """
-    generator = torch.Generator().manual_seed(0x6A55 + seed)
+    stream = generator("gaussian probes", seed)
     size = len(w) if basis is None else len(basis)
-    normal = torch.randn(n_probes, size, generator=generator, dtype=torch.float64).to(w)
+    normal = torch.randn(n_probes, size, generator=stream, dtype=torch.float64).to(w)
     z = sigma * normal
     return w + (z if basis is None else z @ basis)
 
@@ -95,13 +92,12 @@ class Spreads:
     """How examples differ at w0 up to second order (divisor n - 1), in all P coordinates or along
     a basis.
 
-    Attributes:
-        value: S^2 of the losses [nat^2].
-        gradient: tr Sigma_g [nat^2/w^2].
-        hessian: tr Sigma_H [nat^2/w^4].
-        trace: variance of the traces tr h_i [nat^2/w^4].
-        cross: covariance of the traces with the losses [nat^2/w^2].
-        error: standard error over the probes of `hessian`, 0 along a basis (exact).
+    value     S^2 of the losses [nat^2]
+    gradient  tr Sigma_g [nat^2/w^2]
+    hessian   tr Sigma_H [nat^2/w^4]
+    trace     variance of the traces tr h_i [nat^2/w^4]
+    cross     covariance of the traces with the losses [nat^2/w^2]
+    error     standard error over the probes of `hessian`, 0 along a basis (exact)
     """
 
     value: float
@@ -116,9 +112,8 @@ class Spreads:
 
         Var(l + sigma^2/2 tr h) + sigma^2 tr Sigma_g + sigma^4/2 tr Sigma_H (prop:gaussian).
 
-        Args:
-            sigma: of every coordinate [units of weight].
-            gradient: with the gradient term, which the published form lacks.
+        sigma     of every coordinate [units of weight]
+        gradient  with the gradient term, which the published form lacks
         """
         variance = self.value + sigma**2 * self.cross + sigma**4 / 4 * self.trace
         flat = variance + sigma**4 / 2 * self.hessian
@@ -127,8 +122,7 @@ class Spreads:
     def ball(self, R: float) -> float:
         """B = S + R sqrt(tr Sigma_g) + (R^2/2) sqrt(tr Sigma_H) of (eq:ball-spread) [nat].
 
-        Args:
-            R: radius [units of weight].
+        R  radius [units of weight]
         """
         second = R * R / 2 * math.sqrt(self.hessian)
         return math.sqrt(self.value) + R * math.sqrt(self.gradient) + second
@@ -138,8 +132,7 @@ class Spreads:
 
         The interval of the Hessian spread is two standard errors over the probes.
 
-        Args:
-            largest_norm: M, of an example's Hessian [nat/w^2].
+        largest_norm  M, of an example's Hessian [nat/w^2]
         """
         ends = [self.hessian, self.hessian - 2 * self.error, self.hessian + 2 * self.error]
         middle, low, high = np.sqrt(np.maximum(ends, 0.0))
@@ -166,14 +159,12 @@ def spreads(
     from different v, so that every estimate but its square roots is unbiased. Cost: one product an
     example and probe, or an example and basis vector.
 
-    Args:
-        losses: of n examples, as a function of the P weights.
-        probes: how many sign vectors, without a basis [1].
-        basis: U (D, P), orthonormal.
-        seed: of torch's stream 0x5163 + seed.
+    losses  of n examples, as a function of the P weights
+    probes  how many sign vectors, without a basis [1]
+    basis   U (D, P), orthonormal
+    seed    of torch's stream 0x5163 + seed
 
-    Raises:
-        ValueError: there are fewer than 2 probes.
+    Raises ValueError where there are fewer than 2 probes.
 
     >>> losses = Losses(torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1]), "mse")
     >>> spreads(losses, basis=torch.eye(6, dtype=torch.float64)).error
@@ -182,8 +173,8 @@ def spreads(
     if basis is None and probes < 2:
         raise ValueError(f"There are {probes} probes: give at least 2, one alone has no error.")
     n, w = losses.n, losses.w
-    generator = torch.Generator().manual_seed(0x5163 + seed)
-    signs = torch.randint(0, 2, (probes, losses.P), generator=generator) * 2 - 1
+    stream = generator("signs of spreads", seed)
+    signs = torch.randint(0, 2, (probes, losses.P), generator=stream) * 2 - 1
     V = signs.to(w) if basis is None else basis  # (D, P)
     forms = w.new_zeros(len(V), n)  # v^T h_i v
     squares = w.new_zeros(len(V))  # sums over i of |h_i v|^2, or of |U h_i v|^2
@@ -234,14 +225,12 @@ def closed_form_ratios(spread: Spreads, sigma: float, values: ArrayLike) -> dict
 
     Source: (prop:gaussian).
 
-    Args:
-        spread: at the centre, of the same examples.
-        sigma: of the Gaussian [units of weight].
-        values: (m, n) losses at m weights drawn from it [nat].
+    spread  at the centre, of the same examples
+    sigma   of the Gaussian [units of weight]
+    values  (m, n) losses at m weights drawn from it [nat]
 
-    Returns:
-        sigma; `with` and `without` the gradient term, 1 where the losses are quadratic; `error`,
-        of 95 %, of the weights and of the probes together.
+    Returns sigma; `with` and `without` the gradient term, 1 where the losses are quadratic;
+    `error`, of 95 %, of the weights and of the probes together.
 
     >>> flat = Spreads(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     >>> closed_form_ratios(flat, 0.1, np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]]))["with"].item()
@@ -261,12 +250,10 @@ def closed_form_ratios(spread: Spreads, sigma: float, values: ArrayLike) -> dict
 def radii_between(radii: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
     """Three more radii where a closed form first leaves the truth by more than 10 %.
 
-    Args:
-        radii: increasing, in any unit.
-        ratios: form over truth at each [1].
+    radii   increasing, in any unit
+    ratios  form over truth at each [1]
 
-    Returns:
-        None where it is off at the first radius, or at no radius.
+    Returns none where it is off at the first radius, or at no radius.
 
     >>> radii_between([1.0, 16.0], [1.0, 2.0])
     array([2., 4., 8.])
@@ -287,16 +274,14 @@ def closed_forms(
 ) -> pd.DataFrame:
     """`closed_form_ratios` at some radii, and at three more where the closed form first fails.
 
-    Args:
-        spread: at the centre.
-        length: |w0| [units of weight].
-        P: how many weights [1].
-        values: by radius f [fraction of |w0|], increasing, losses (m, n) at m weights drawn with
-            sigma = f |w0| / sqrt(P) [nat].
-        draw: such losses for any other radius.
+    spread  at the centre
+    length  |w0| [units of weight]
+    P       how many weights [1]
+    values  by radius f [fraction of |w0|], increasing, losses (m, n) at m weights drawn with sigma
+            = f |w0| / sqrt(P) [nat]
+    draw    such losses for any other radius
 
-    Returns:
-        A row a radius, increasing: radius, and what `closed_form_ratios` returns.
+    Returns a row a radius, increasing: radius, and what `closed_form_ratios` returns.
 
     >>> flat = Spreads(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     >>> values = {0.1: np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])}
@@ -318,14 +303,12 @@ def closed_forms(
 def range_within(table: pd.DataFrame, column: str, tolerance: float = 0.1) -> tuple[int, int]:
     """Up to where a closed form is near the truth: places in (0, sigma_1, .., sigma_m, inf).
 
-    Args:
-        table: rows of `closed_form_ratios`, sigma increasing.
-        column: "with" or "without".
-        tolerance: of the ratio, and of its error [1].
+    table      rows of `closed_form_ratios`, sigma increasing
+    column     "with" or "without"
+    tolerance  of the ratio, and of its error [1]
 
-    Returns:
-        The last up to which form and error are within the tolerance, and the first beyond at which
-        the form is off by more than tolerance and error.
+    Returns the last up to which form and error are within the tolerance, and the first beyond at
+    which the form is off by more than tolerance and error.
 
     >>> range_within(pd.DataFrame({"with": [1.0, 1.5], "error": [0.01, 0.01]}), "with")
     (1, 2)

@@ -9,22 +9,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from utils.run.streams import numpy_generator
+
 
 def random_orders(n: int, n_orders: int, seed: int = 0) -> np.ndarray:
     """Independent uniform permutations of 0 .. n - 1.
 
-    Args:
-        n: size of the pool [examples].
-        n_orders: how many orders [1].
-        seed: of the stream `[seed, 5]`.
+    n         size of the pool [examples]
+    n_orders  how many orders [1]
+    seed      of the stream `[seed, 5]`
 
-    Returns:
-        (n_orders, n) integers.
+    Returns (n_orders, n) integers.
 
     >>> random_orders(4, 2).shape
     (2, 4)
     """
-    generator = np.random.default_rng([seed, 5])
+    generator = numpy_generator("orders", seed)
     return np.stack([generator.permutation(n) for _ in range(n_orders)])
 
 
@@ -35,13 +35,11 @@ def typical_first_orders(losses: ArrayLike, n_orders: int, seed: int = 0) -> np.
     control of statements on uniform orders: as random as those, but later examples differ more,
     whatever the shape of the list.
 
-    Args:
-        losses: (n,) [nat].
-        n_orders: how many orders [1].
-        seed: of the stream `[seed, 23]`.
+    losses    (n,) [nat]
+    n_orders  how many orders [1]
+    seed      of the stream `[seed, 23]`
 
-    Returns:
-        (n_orders, n) integers.
+    Returns (n_orders, n) integers.
 
     >>> typical_first_orders([1.0, 5.0, 9.0], 4).shape
     (4, 3)
@@ -49,20 +47,18 @@ def typical_first_orders(losses: ArrayLike, n_orders: int, seed: int = 0) -> np.
     losses = np.asarray(losses, dtype=np.float64)
     distance = np.abs(losses - losses.mean())
     rank = np.argsort(np.argsort(distance)) + 1
-    times = np.random.default_rng([seed, 23]).exponential(size=(n_orders, len(losses)))
+    times = numpy_generator("typical first", seed).exponential(size=(n_orders, len(losses)))
     return np.argsort(times * rank, axis=1)
 
 
 def log_grid(low: int, high: int, points: int) -> np.ndarray:
     """Distinct integers, equally spaced in log k.
 
-    Args:
-        low: the first (`high`, if that is smaller) [examples].
-        high: the last [examples].
-        points: about how many [1].
+    low     the first (`high`, if that is smaller) [examples]
+    high    the last [examples]
+    points  about how many [1]
 
-    Raises:
-        ValueError: there is no size to look at, `high` is below 1.
+    Raises ValueError where there is no size to look at, `high` is below 1.
 
     >>> log_grid(1, 100, 3).tolist()
     [1, 10, 100]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,9 +32,8 @@ def _rms(ax: Axes, table: pd.DataFrame, role: str, label: str) -> pd.DataFrame:
 def one_step(tables: Mapping[str, pd.DataFrame], n_orders: int) -> Figure:
     """The mean change by one example for up to four lists, and its rms over the exact one.
 
-    Args:
-        tables: of `measure_steps`, by list; the first has a band.
-        n_orders: over which was averaged [1].
+    tables    of `measure_steps`, by list; the first has a band
+    n_orders  over which was averaged [1]
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=85)
     for (name, table), role in zip(tables.items(), LOOKS):
@@ -46,8 +46,8 @@ def one_step(tables: Mapping[str, pd.DataFrame], n_orders: int) -> Figure:
         left.fill_between(mean["k"], *ends, color=look["color"], alpha=0.2)
         right.semilogx(rms["k"], rms["ratio"], label=name, **look)
         if role == "measured":
-            ends = (rms[end] / rms["theory_low"] for end in ("low", "high"))
-            band(right, rms["k"], *ends, role)
+            low, high = (rms[end] / rms["theory_low"] for end in ("low", "high"))
+            band(right, rms["k"], low, high, role)
     right.axhline(1, **ROLES["reference"])
     left.set(xlabel=SAMPLES, ylabel="mean of |L_{k+1} - L_k| [nat]")
     left.set_title(f"One step (shade: proved bracket; {n_orders} orders)")
@@ -61,11 +61,10 @@ def one_step(tables: Mapping[str, pd.DataFrame], n_orders: int) -> Figure:
 def smoothing(k: np.ndarray, pure: np.ndarray, smooth: np.ndarray, factor: float) -> Figure:
     """A pure power, and what exponential smoothing makes of it.
 
-    Args:
-        k: (points,) sizes [examples].
-        pure: (points,) the power.
-        smooth: (points,) after the filter.
-        factor: of the filter [1].
+    k       (points,) sizes [examples]
+    pure    (points,) the power
+    smooth  (points,) after the filter
+    factor  of the filter [1]
     """
     figure, ax = plt.subplots(figsize=(7, 3.4))
     ax.loglog(k, pure, label="1/(k+1)", **ROLES["measured"] | {"marker": ""})
@@ -81,10 +80,9 @@ def distance(
 ) -> Figure:
     """The distance to the limit beside its exact value.
 
-    Args:
-        tables: of `measure_distance`, by name.
-        controls: up to two more, without a theory.
-        n_orders: over which was averaged [1].
+    tables    of `measure_distance`, by name
+    controls  up to two more, without a theory
+    n_orders  over which was averaged [1]
     """
     figure, ax = plt.subplots(figsize=(7, 3.9))
     for (name, table), role in zip(tables.items(), LOOKS):
@@ -103,9 +101,8 @@ def distance(
 def closed_forms(forms: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """Closed forms for quadratic losses over forward passes.
 
-    Args:
-        forms: rows of `closed_form_ratios` with a column `weights`.
-        titles: by kind of weights.
+    forms   rows of `closed_form_ratios` with a column `weights`
+    titles  by kind of weights
     """
     figure, axes = plt.subplots(1, len(titles), figsize=(9.5, 3.4), sharey=True, dpi=80)
     for ax, (kind, t) in zip(axes, forms.groupby("weights", sort=False), strict=True):
@@ -124,9 +121,8 @@ def closed_forms(forms: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 def one_step_ball(ball: pd.DataFrame, violated: pd.DataFrame) -> Figure:
     """The terms of the one-step theorem over the distance, and how often the inequality fails.
 
-    Args:
-        ball: the first of `pairs_on_balls`.
-        violated: of `violations`.
+    ball      the first of `pairs_on_balls`
+    violated  of `violations`
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=85)
     pairs = ball["pair"].nunique()
@@ -138,7 +134,7 @@ def one_step_ball(ball: pd.DataFrame, violated: pd.DataFrame) -> Figure:
         "published": ("published (without it)", ROLES["bound"]),
     }
     for term, dash in zip(TERMS, ((1, 1), (5, 1), (3, 1, 1, 1))):
-        look = {"color": "0.55", "linestyle": (0, dash), "linewidth": 1}
+        look: dict[str, Any] = {"color": "0.55", "linestyle": (0, dash), "linewidth": 1}
         lines[term] = f"{term} term", look
     for column, (label, look) in lines.items():
         left.loglog(radii, groups[column].median(), label=label, **look)
@@ -150,8 +146,8 @@ def one_step_ball(ball: pd.DataFrame, violated: pd.DataFrame) -> Figure:
         hits = violated[form].groupby(ball["fraction"]).sum()
         right.semilogx(radii, hits / pairs, label=form, **ROLES[role] | {"marker": "o"})
         if form in ("published", "proved"):  # of the two that are compared
-            intervals = [binomial_interval(h, pairs) for h in hits]
-            band(right, radii, *np.transpose(intervals), role)
+            low, high = np.transpose([binomial_interval(h, pairs) for h in hits])
+            band(right, radii, low, high, role)
     right.set(xlabel=DISTANCE, ylabel="share of the pairs", ylim=(-0.03, 1.03))
     right.set_title(f"How often the inequality fails (n = {pairs}; bands: 95 %)")
     right.legend(fontsize=8)
@@ -166,11 +162,10 @@ def hessian_norms(
 ) -> Figure:
     """Norms of differences of Hessians: every order, their rms, and its bound where there is one.
 
-    Args:
-        tables: of `table_of`, by matrix.
-        squares: (n_orders, points), by matrix [nat^2/w^4].
-        orthogonal: (points,) mean squares if the Hessians were orthogonal [nat^2/w^4].
-        titles: by matrix.
+    tables      of `table_of`, by matrix
+    squares     (n_orders, points), by matrix [nat^2/w^4]
+    orthogonal  (points,) mean squares if the Hessians were orthogonal [nat^2/w^4]
+    titles      by matrix
     """
     figure, axes = plt.subplots(1, len(tables), figsize=(9.5, 3.6), dpi=80)
     for ax, (matrix, table) in zip(axes, tables.items(), strict=True):
@@ -192,11 +187,10 @@ def retrained(
 ) -> Figure:
     """What was measured of networks trained anew on the first k examples.
 
-    Args:
-        table: rows of `retrain` with a column `init`.
-        labels: of the axes, by quantity.
-        limits: of some quantities, at the weights trained on all.
-        n: how many these are [examples].
+    table   rows of `retrain` with a column `init`
+    labels  of the axes, by quantity
+    limits  of some quantities, at the weights trained on all
+    n       how many these are [examples]
     """
     figure, axes = plt.subplots(1, len(labels), figsize=(12, 3.0))
     for ax, (quantity, label) in zip(axes, labels.items(), strict=True):

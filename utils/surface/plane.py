@@ -21,15 +21,13 @@ def plane_losses(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses of every example on a plane through the weights.
 
-    Args:
-        losses: of n examples, as a function of the P weights.
-        axes: (2, P) of unit length.
-        extent: of the plane to each side [units of weight].
-        points: on each side [1].
+    losses  of n examples, as a function of the P weights
+    axes    (2, P) of unit length
+    extent  of the plane to each side [units of weight]
+    points  on each side [1]
 
-    Returns:
-        Coordinates (points,) and losses (points, points, n) at w0 + s axes[0] + t axes[1]: the
-        first index is t, the second s, as a picture has rows and columns.
+    Returns coordinates (points,) and losses (points, points, n) at w0 + s axes[0] + t axes[1]: the
+    first index is t, the second s, as a picture has rows and columns.
 
     >>> import torch
     >>> losses = Losses(torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1]))
@@ -47,9 +45,9 @@ def plane_losses(
 class Row(NamedTuple):
     """A row of pictures with one colour scale.
 
-    label: of the scale, with its unit.
-    fields: (K, points, points), a picture each, as `plane_losses` has rows, columns.
-    log: whether the scale is logarithmic.
+    label   of the scale, with its unit
+    fields  (K, points, points), a picture each, as `plane_losses` has rows, columns
+    log     whether the scale is logarithmic
     """
 
     label: str
@@ -67,10 +65,9 @@ class Row(NamedTuple):
 def plane_rows(plane: np.ndarray, order: np.ndarray, sizes: Sequence[int]) -> list[Row]:
     """L_k and |L_{k+1} - L_k| over a plane.
 
-    Args:
-        plane: (points, points, n) losses [nat].
-        order: (n,) integers.
-        sizes: the k, below n [examples].
+    plane  (points, points, n) losses [nat]
+    order  (n,) integers
+    sizes  the k, below n [examples]
 
     >>> plane_rows(np.ones((3, 3, 4)), np.arange(4), [1, 2])[0].fields.shape
     (2, 3, 3)
@@ -86,10 +83,9 @@ def plane_rows(plane: np.ndarray, order: np.ndarray, sizes: Sequence[int]) -> li
 def contours(at: np.ndarray, rows: Sequence[Row], titles: Sequence[str]) -> Figure:
     """Rows of pictures as filled contours.
 
-    Args:
-        at: (points,) coordinates on both axes [units of weight].
-        rows: the pictures.
-        titles: (K,) of the columns.
+    at      (points,) coordinates on both axes [units of weight]
+    rows    the pictures
+    titles  (K,) of the columns
 
     >>> rows = plane_rows(np.random.default_rng(0).random((3, 3, 4)), np.arange(4), [1, 2])
     >>> plt.close(contours(np.array([-1.0, 0.0, 1.0]), rows, ["k = 1", "k = 2"]))
@@ -113,10 +109,9 @@ def contours(at: np.ndarray, rows: Sequence[Row], titles: Sequence[str]) -> Figu
 def surfaces(at: np.ndarray, rows: Sequence[Row], titles: Sequence[str]) -> Figure:
     """Rows of pictures in three dimensions, heights in the units of the colour bar.
 
-    Args:
-        at: (points,) coordinates on both axes [units of weight].
-        rows: the pictures; a logarithmic row is shown as powers of ten.
-        titles: (K,) of the columns.
+    at      (points,) coordinates on both axes [units of weight]
+    rows    the pictures; a logarithmic row is shown as powers of ten
+    titles  (K,) of the columns
 
     >>> rows = plane_rows(np.random.default_rng(0).random((3, 3, 4)), np.arange(4), [1, 2])
     >>> plt.close(surfaces(np.array([-1.0, 0.0, 1.0]), rows, ["k = 1", "k = 2"]))
@@ -124,14 +119,14 @@ def surfaces(at: np.ndarray, rows: Sequence[Row], titles: Sequence[str]) -> Figu
     shape = {"nrows": len(rows), "ncols": len(titles)}
     figure = plt.figure(figsize=(9.2, 6.2), dpi=75, layout="constrained")
     axes = figure.subplots(**shape, subplot_kw={"projection": "3d"})
-    first, second = np.meshgrid(at, at)
-    ticks = [round(at[0], 2), 0, round(at[-1], 2)]
+    grid: tuple = np.meshgrid(at, at)
+    ticks = [round(float(at[0]), 2), 0, round(float(at[-1]), 2)]
     for line, row in zip(axes, rows, strict=True):
         low, high = np.log10(row.ends) if row.log else row.ends
         look = {"cmap": "viridis", "vmin": low, "vmax": high, "linewidth": 0, "antialiased": False}
         for ax, title, field in zip(line, titles, row.fields, strict=True):
             height = np.log10(field) if row.log else field
-            drawn = ax.plot_surface(first, second, height.clip(low, high), **look)
+            drawn = ax.plot_surface(*grid, height.clip(low, high), **look)
             ax.set(zlim=(low, high), title=title, xticks=ticks, yticks=ticks)
             ax.tick_params(labelsize=7, pad=0)
             ax.set_xlabel("first [w]", fontsize=8)

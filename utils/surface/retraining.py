@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from utils.hessian import Losses, hessian_norm
@@ -24,28 +26,26 @@ def retrain(
     x_test: Tensor,
     y_test: Tensor,
     loss: str = "cross_entropy",
-    **options,
+    **options: Any,
 ) -> pd.DataFrame:
     """Train anew on the first k examples, for each k, by the same rule.
 
     Each is polished to the gradient norm that the stopping rule asks of the limit,
     0.1 sqrt(tr Sigma_g / n), and not to that of its own k.
 
-    Args:
-        fresh: returns the initial network, the same one at every call.
-        x: (n, ...) training examples.
-        y: (n,) labels.
-        sizes: the k [examples].
-        limit: the network trained on all n.
-        x_test: (m, ...) held-out examples.
-        y_test: (m,) labels.
-        loss: its name.
-        options: of `training.train`.
+    fresh    returns the initial network, the same one at every call
+    x        (n, ...) training examples
+    y        (n,) labels
+    sizes    the k [examples]
+    limit    the network trained on all n
+    x_test   (m, ...) held-out examples
+    y_test   (m,) labels
+    loss     its name
+    options  of `training.train`
 
-    Returns:
-        A row a k: k, excess = L_n(w_k) - L_n(w_n) [nat], held_out, the mean loss at w_k [nat],
-        distance = |w_k - w_n|, norm = ||Hess L_k(w_k)|| [nat/w^2], gradient_norm of the objective,
-        threshold for it, and converged (is it below).
+    Returns a row a k: k, excess = L_n(w_k) - L_n(w_n) [nat], held_out, the mean loss at w_k [nat],
+    distance = |w_k - w_n|, norm = ||Hess L_k(w_k)|| [nat/w^2], gradient_norm of the objective,
+    threshold for it, and converged (is it below).
 
     >>> x, y = torch.eye(4), torch.tensor([0, 1, 0, 1])
     >>> limit = nn.Linear(4, 2)
@@ -86,26 +86,24 @@ def retrain_from_seeds(
     x_test: Tensor,
     y_test: Tensor,
     loss: str = "cross_entropy",
-    **options,
+    **options: Any,
 ) -> pd.DataFrame:
     """`retrain` from several initialisations, each with its own limit on all n examples.
 
-    Args:
-        build: returns the initial network of a seed.
-        seeds: of the initialisations, and of the order of the batches.
-        limit: the network trained on all n from the first seed; the others are trained here.
-        converged: whether its training ended by the stopping rule.
-        x: (n, ...) training examples.
-        y: (n,) labels.
-        sizes: the k [examples].
-        x_test: (m, ...) held-out examples.
-        y_test: (m,) labels.
-        loss: its name.
-        options: of `training.train`.
+    build      returns the initial network of a seed
+    seeds      of the initialisations, and of the order of the batches
+    limit      the network trained on all n from the first seed; the others are trained here
+    converged  whether its training ended by the stopping rule
+    x          (n, ...) training examples
+    y          (n,) labels
+    sizes      the k [examples]
+    x_test     (m, ...) held-out examples
+    y_test     (m,) labels
+    loss       its name
+    options    of `training.train`
 
-    Returns:
-        The columns of `retrain`, with init (0, 1, ..), limit_converged, and H_n, the norm of the
-        Hessian of L_n at the limit [nat/w^2]; empty without sizes.
+    Returns the columns of `retrain`, with init (0, 1, ..), limit_converged, and H_n, the norm of
+    the Hessian of L_n at the limit [nat/w^2]; empty without sizes.
 
     >>> x, y = torch.eye(4), torch.tensor([0, 1, 0, 1])
     >>> options = {"l2": 0.1, "epochs": 1, "batch_size": 2, "polish_steps": 1}
@@ -127,7 +125,7 @@ def retrain_from_seeds(
 
 def projected_descent(
     losses: Losses,
-    rows: Sequence[int],
+    rows: ArrayLike,
     centre: Tensor,
     radius: float,
     steps: int,
@@ -139,16 +137,14 @@ def projected_descent(
     afterwards; the loss never rises. The result need not minimise: the gap of (prop:excess-risk)
     is to be stated beside it.
 
-    Args:
-        losses: of n examples, as a function of the P weights.
-        rows: whose mean loss falls.
-        centre: (P,).
-        radius: of the ball [units of weight].
-        steps: at most [1].
-        start: (P,); the centre, if there is none.
+    losses  of n examples, as a function of the P weights
+    rows    whose mean loss falls
+    centre  (P,)
+    radius  of the ball [units of weight]
+    steps   at most [1]
+    start   (P,); the centre, if there is none
 
-    Returns:
-        (P,).
+    Returns (P,).
 
     >>> losses = Losses(nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1]))
     >>> w = projected_descent(losses, [0, 1], losses.w, 0.1, 5)
@@ -189,16 +185,14 @@ def excess_in_ball(
     points are among those over which the distance is maximised, so here it holds by construction.
     Source: (prop:excess-risk).
 
-    Args:
-        losses: of n examples; its weights are the centre.
-        order: (n,) integers.
-        sizes: the k [examples].
-        radius: of the ball [units of weight].
-        ascent: steps to the largest distance [1].
-        descent: steps of training [1].
+    losses   of n examples; its weights are the centre
+    order    (n,) integers
+    sizes    the k [examples]
+    radius   of the ball [units of weight]
+    ascent   steps to the largest distance [1]
+    descent  steps of training [1]
 
-    Returns:
-        A row a k: k, excess [nat], gap [nat], "2 sup + gap" [nat], "|w_k - centre| / R" [1].
+    Returns a row a k: k, excess [nat], gap [nat], "2 sup + gap" [nat], "|w_k - centre| / R" [1].
 
     >>> losses = Losses(nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1]))
     >>> table = excess_in_ball(losses, np.array([0, 1]), [1], 0.1, 2)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from utils.calculus.nodes.base import Maybe, Shape
+
 
 def aligned(t: Tensor, rank: int) -> Tensor:
-    """(L, *shape) as (L, 1, ..., 1, *shape) with `rank` axes after the first, so that it
+    """t (L, *shape) as (L, 1, ..., 1, *shape) with `rank` axes after the first, so that it
     broadcasts.
 
     >>> aligned(torch.ones(2, 3), 2).shape
@@ -26,7 +28,7 @@ def aligned(t: Tensor, rank: int) -> Tensor:
     return t.reshape(t.shape[0], *[1] * missing, *t.shape[1:]) if missing else t
 
 
-def sum_to(t: Tensor, shape: Sequence[int]) -> Tensor:
+def sum_to(t: Tensor, shape: Shape) -> Tensor:
     """The adjoint of broadcasting (n, *shape) to the shape of t.
 
     >>> sum_to(torch.ones(2, 5, 3), (1, 3))
@@ -41,8 +43,12 @@ def sum_to(t: Tensor, shape: Sequence[int]) -> Tensor:
     return t.sum(over, keepdim=True) if over else t
 
 
-def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b, where None is zero."""
+def plus(a: Tensor | None, b: Tensor | None) -> Maybe:
+    """a + b, where None is zero.
+
+    >>> plus(None, torch.ones(1))
+    tensor([1.])
+    """
     if a is None or b is None:
         return b if a is None else a
     return a + b
@@ -58,7 +64,11 @@ def per_example(function: Callable, tensors: Sequence[Tensor]) -> Tensor | tuple
 
 
 def scaled_by(factor: Tensor, t: Tensor) -> Tensor:
-    """factor (n,) times t (n, ...), example by example."""
+    """factor (n,) times t (n, ...), example by example.
+
+    >>> scaled_by(torch.tensor([2.0, 3.0]), torch.ones(2, 1)).T
+    tensor([[2., 3.]])
+    """
     return factor.reshape(-1, *[1] * (t.ndim - 1)) * t
 
 
@@ -74,7 +84,12 @@ def absolute(M: Tensor) -> Tensor:
 
 
 def unit(v: Tensor, axis: int) -> Tensor:
-    """v / |v| along an axis, 0 for 0; the squares do not underflow."""
+    """v / |v| along an axis, 0 for 0; the squares do not underflow.
+
+    >>> unit(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]), 1)
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
     tiny = torch.finfo(v.dtype).tiny
     v = v / v.abs().amax(axis, keepdim=True).clamp_min(tiny)
     return v / v.norm(dim=axis, keepdim=True).clamp_min(tiny)

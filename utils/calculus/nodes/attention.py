@@ -17,6 +17,7 @@ from torch import Tensor
 from utils.calculus.jets import Jet
 from utils.calculus.lemmas import (
     SOFTMAX_FIRST,
+    Number,
     centred,
     covariances,
     hypot,
@@ -26,13 +27,12 @@ from utils.calculus.lemmas import (
     softmax_second,
     spectral,
 )
+from utils.calculus.nodes.base import Maybe
 from utils.calculus.nodes.known import Known, Situation
 from utils.calculus.nodes.linear import Linear
 from utils.calculus.nodes.products import Matmul
 from utils.calculus.nodes.rows import Softmax
 from utils.calculus.nodes.shape import Combination, Expand, Mask, Permute, Reshape, Select
-
-Number = Tensor | float
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,15 @@ class Heads:
     row: Number
     spread: Number
     choice: Number
-    value: Tensor | None
+    value: Maybe
 
 
 def attention(A: Known, V: Known, at: Situation) -> Known | None:
-    """What is known of A V where A are the rows of attention; None where they are not."""
+    """What is known of A V where A are the rows of attention; None where they are not.
+
+    A, V  of the rows and the values
+    at    the walk, as in `Node.norms`
+    """
     scores = _scores(A)
     if scores is None or A.shape[:-2] != V.shape[:-2]:
         return None
@@ -100,7 +104,8 @@ def _scores(A: Known) -> tuple[Known, Known, float] | None:
         if x.shape[-2:] != T.shape[-2:] or math.prod(x.shape) != math.prod(T.shape):
             return None
         T = x
-    return (*T.inputs, scale) if scale > 0 else None
+    Q, K = T.inputs
+    return (Q, K, scale) if scale > 0 else None
 
 
 # --- queries, keys and values ---------------------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,13 +22,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from utils.calculus.nodes.known import Known, Situation
 
-Parts = tuple[
-    Tensor | None, ...
-]  # one tensor (n, *shape) for each input; None is zero, or was not asked for
-Form = Callable[
-    [Parts, Tensor | None], Parts
-]  # (tangents of the inputs, tangent of the output) -> parts
-Roots = tuple[Parts | int, ...]  # see `Node.roots`
+Shape = Sequence[int]
+Shapes = Sequence[Shape]
+Maybe = Any  # a tensor (n, *shape), or None: zero, or not asked for
+Forward = tuple[Tensor, Any]  # the value, and what the other methods of the same node need
+Wanted = tuple[int, ...]  # a number for each input, see `Node`
+Leaves = tuple[bool, ...]  # which inputs are parameters themselves
+Parts = tuple[Maybe, ...]  # one for each input
+Form = Callable[[Parts, Maybe], Parts]  # (tangents of the inputs, of the output) -> parts
+Roots = tuple[Any, ...]  # parts, or a number in their place, see `Node.roots`
 
 
 class Unknown(ValueError):
@@ -45,27 +47,27 @@ class Node(ABC):
     """
 
     couples = False  # whether all that D^2 phi does is to couple the first two inputs
-    mixes = None  # how many of the last axes it mixes, where it acts on each row alone
+    mixes: int | None = None  # how many of the last axes it mixes, where it acts on each row alone
 
     @abstractmethod
-    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+    def forward(self, *z: Tensor) -> Forward:
         """phi(z) (L, *shape), and what the other methods need."""
 
     @abstractmethod
-    def tangent(self, saved: object, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: Any, dz: Parts) -> Maybe:
         """D phi [dz]."""
 
     @abstractmethod
-    def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: Any, lam: Tensor, wanted: Wanted) -> Parts:
         """D phi^T lam, a part for each input; values of one example serve all rows of lam."""
 
     @abstractmethod
-    def second_order(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Form | None:
+    def second_order(self, saved: Any, lam: Tensor, wanted: Wanted) -> Form | None:
         """The map (dz, dout) -> < lam, D^2 phi [dz, .] >, dout = D phi [dz]; None where phi is
         linear."""
 
     @abstractmethod
-    def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Form | None:
+    def majorant(self, saved: Any, lam: Tensor, wanted: Wanted) -> Form | None:
         """The map dz -> |M| dz with -|M| <= M <= |M|, M the symmetric matrix of < lam, D^2 phi >;
         None where it is 0.
 
@@ -75,29 +77,35 @@ class Node(ABC):
         """
 
     @abstractmethod
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: tuple[Known, ...], saved: Any, at: Situation) -> Known:
         """What is known of phi(z), for all weights of a ball, from what is known of the inputs:
         its jet, sizes and displacement, see `Known`.
 
-        saved: of `forward` at the centre, None where some value is not used. at: the radius, and
-        `at.number(name, value)`, which notes a number and may know a smaller one. Raises `Unknown`
-        where nothing is known. Source: Theorem 1 (thm:jet), Corollary (cor:ball).
+        saved  of `forward` at the centre, None where some value is not used
+        at     the radius, and `at.number(name, value)`, which notes a number and may know a smaller
+               one
+
+        Raises `Unknown` where nothing is known. Source: Theorem 1 (thm:jet), Corollary (cor:ball).
         """
 
     def roots(
         self,
-        saved: object,
+        saved: Any,
         lam: Tensor,
-        wanted: tuple[int, ...],
-        shapes: Sequence[tuple[int, ...]],
-        leaves: tuple[bool, ...],
+        wanted: Wanted,
+        shapes: Shapes,
+        leaves: Leaves,
     ) -> Roots:
         """Forms that bound < lam, D^2 phi > of one example, k rows (k, *shape) for each input.
 
         One element R: |< lam, D^2 phi [x', x'] >| <= |R x'|^2. Two, R and S: 2 |R x'| |S y'|, and a
-        number in place of S stands for the identity on that input. shapes: of the inputs. leaves:
-        which of them are parameters themselves. Empty where the form is 0. The default takes the
-        dense |M| of `majorant`. Source: Theorem (thm:forms).
+        number in place of S stands for the identity on that input.
+
+        shapes  of the inputs
+        leaves  which of them are parameters themselves
+
+        Empty where the form is 0. The default takes the dense |M| of `majorant`. Source: Theorem
+        (thm:forms).
         """
         form = self.majorant(saved, lam, wanted)
         if form is None:
@@ -108,11 +116,12 @@ class Node(ABC):
         return (dense_root(form, places, shapes, lam),)
 
 
-def dense_root(
-    form: Form, places: list[int], shapes: Sequence[tuple[int, ...]], like: Tensor
-) -> Parts:
-    """R of a positive semidefinite form |M| = R^T R on the inputs at `places`, by its
-    eigenvectors."""
+def dense_root(form: Form, places: list[int], shapes: Shapes, like: Tensor) -> Parts:
+    """R of a positive semidefinite form |M| = R^T R, by its eigenvectors.
+
+    form    x' -> |M| x' on the inputs at `places`; shapes of all inputs
+    like    a tensor of the dtype and device wanted
+    """
     sizes = [torch.Size(shape).numel() for shape in shapes]
     columns = []
     for place in places:
@@ -124,7 +133,7 @@ def dense_root(
     M = torch.cat(columns)
     values, vectors = torch.linalg.eigh((M + M.mT) / 2)
     rows = values.clamp_min(0).sqrt()[:, None] * vectors.mT
-    parts = [None] * len(shapes)
+    root: list[Maybe] = [None] * len(shapes)
     for place, part in zip(places, rows.split([sizes[place] for place in places], 1)):
-        parts[place] = part.reshape(-1, *shapes[place])
-    return tuple(parts)
+        root[place] = part.reshape(-1, *shapes[place])
+    return tuple(root)

@@ -21,10 +21,19 @@ from torch import Tensor
 
 from utils.calculus.jets import Jet
 from utils.calculus.nodes.arrays import aligned, plus, sum_to
-from utils.calculus.nodes.base import Form, Node, Parts, Roots
+from utils.calculus.nodes.base import (
+    Form,
+    Forward,
+    Leaves,
+    Maybe,
+    Node,
+    Parts,
+    Roots,
+    Shape,
+    Shapes,
+    Wanted,
+)
 from utils.calculus.nodes.known import Known
-
-Shapes = Sequence[Sequence[int]]
 
 
 class Bilinear(Node):
@@ -32,7 +41,7 @@ class Bilinear(Node):
 
     couples = True
 
-    def __init__(self, shape: Sequence[int], inner: Shapes):
+    def __init__(self, shape: Shape, inner: Shapes):
         self.shape = tuple(shape)
         self.inner = [tuple(s) for s in inner]
 
@@ -42,23 +51,23 @@ class Bilinear(Node):
 
     @abstractmethod
     def left(self, lam: Tensor, y: Tensor) -> Tensor:
-        """The adjoint of x -> phi(x, y)."""
+        """The adjoint of x -> phi(x, y) at lam."""
 
     @abstractmethod
     def right(self, lam: Tensor, x: Tensor, summed: bool = False) -> Tensor:
-        """The adjoint of y -> phi(x, y)."""
+        """The adjoint of y -> phi(x, y) at lam; `summed`: over the examples, where that is free."""
 
     @abstractmethod
     def halves(self, lam: Tensor) -> Form:
-        """The map (dz, dout) -> (U S U^T x', V S V^T y')."""
+        """The map (dz, dout) -> (U S U^T x', V S V^T y') of lam = U S V^T."""
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+    def forward(self, *z: Tensor) -> Forward:
         out = self.product(z[0], z[1])
         if len(z) == 3:
             out = out + aligned(z[2], len(self.shape))
         return out, (z[0], z[1])
 
-    def tangent(self, saved: tuple, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: tuple, dz: Parts) -> Maybe:
         x, y = saved
         out = None
         if dz[0] is not None:
@@ -70,7 +79,7 @@ class Bilinear(Node):
             out = bias.expand(-1, *self.shape) if out is None else out + bias
         return out
 
-    def adjoint(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Parts:
         x, y = saved
         parts = [None] * len(wanted)
         if wanted[0]:
@@ -81,25 +90,25 @@ class Bilinear(Node):
             parts[2] = sum_to(lam, self.inner[2])
         return tuple(parts)
 
-    def second_order(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form | None:
+    def second_order(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form | None:
         if not (wanted[0] and wanted[1]):
             return None
         rest = (None,) * (len(wanted) - 2)
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             x = None if dz[1] is None else self.left(lam, dz[1])
             y = None if dz[0] is None else self.right(lam, dz[0], wanted[1] == 2)
             return (x, y, *rest)
 
         return form
 
-    def majorant(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form | None:
+    def majorant(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form | None:
         if not (wanted[0] and wanted[1]):
             return None
         halves = self.halves(lam)
         rest = (None,) * (len(wanted) - 2)
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             if dz[0] is None or dz[1] is None:  # what does not move is coupled with nothing
                 return (None,) * len(wanted)
             return (*halves(dz, dout), *rest)
@@ -110,9 +119,9 @@ class Bilinear(Node):
         self,
         saved: tuple,
         lam: Tensor,
-        wanted: tuple[int, ...],
-        shapes: Sequence[tuple[int, ...]],
-        leaves: tuple[bool, ...],
+        wanted: Wanted,
+        shapes: Shapes,
+        leaves: Leaves,
     ) -> Roots:
         """Beside a parameter y itself, R x' is the gradient in y of < lam, D^2 phi [x', .] >."""
         if not (wanted[0] and wanted[1]):
@@ -124,9 +133,9 @@ class Bilinear(Node):
                 return tuple(rows), leaf
         return self.half_roots(saved, lam, wanted, shapes)
 
-    def coupling(self, lam: Tensor, place: int, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    def coupling(self, lam: Tensor, place: int, shapes: Shapes) -> Tensor:
         """Rows R with |R x'| = |the gradient in the other input of < lam, phi(x', .) >|, x' at
-        `place`."""
+        `place`; `shapes` of the inputs."""
         other = shapes[1 - place]
         units = torch.eye(math.prod(other), dtype=lam.dtype, device=lam.device)
         units = units.reshape(-1, *other)
@@ -136,16 +145,16 @@ class Bilinear(Node):
         self,
         saved: tuple,
         lam: Tensor,
-        wanted: tuple[int, ...],
-        shapes: Sequence[tuple[int, ...]],
+        wanted: Wanted,
+        shapes: Shapes,
     ) -> Roots:
-        """Roots of the two halves of `halves`."""
+        """Roots of the two halves of `halves`; saved, lam, wanted, shapes as in `roots`."""
         none = (False,) * len(wanted)
         return Node.roots(self, saved, lam, wanted, shapes, none)
 
-    def joint(self, jet: Jet, moved: Tensor, bias: Sequence[Known], rows: int) -> tuple:
-        """Jet and displacement with a bias of another group than the second input's, copied to
-        `rows` rows."""
+    def joint(self, jet: Jet, moved: Tensor, bias: Sequence[Known], rows: float) -> tuple:
+        """`jet` and displacement `moved` with a `bias`, one or none, of another group than the
+        second input's, copied to `rows` rows."""
         for b in bias:
             jet = jet + b.jet.linear(math.sqrt(rows))
             moved = moved + math.sqrt(rows) * b.moved
@@ -153,5 +162,5 @@ class Bilinear(Node):
 
 
 def same_group(y: Known, bias: Sequence[Known]) -> bool:
-    """Whether a bias belongs to the group of weights of the second input."""
+    """Whether a bias, one or none, belongs to the group of weights of the second input y."""
     return bool(bias) and y.group is not None and y.group == bias[0].group

@@ -4,7 +4,7 @@ gives."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,18 +15,33 @@ from torch.func import grad
 from utils.calculus.jets import Jet
 from utils.calculus.lemmas import least
 from utils.calculus.nodes.arrays import absolute, aligned, plus, sum_to
-from utils.calculus.nodes.base import Form, Node, Parts, Roots, Unknown
-from utils.calculus.nodes.known import Known, Situation
+from utils.calculus.nodes.base import (
+    Form,
+    Forward,
+    Leaves,
+    Maybe,
+    Node,
+    Parts,
+    Roots,
+    Shape,
+    Shapes,
+    Unknown,
+    Wanted,
+)
+from utils.calculus.nodes.known import Inputs, Known, Situation
 
 
 def gelu(z: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU'(z), GELU''(z). Source: Lemma 4 (lem:activations)."""
+    """GELU'(z), GELU''(z) of any shape. Source: Lemma 4 (lem:activations)."""
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return torch.special.ndtr(z) + z * density, density * (2 - z.square())
 
 
 def gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives of GELU's approximation by tanh. Source: Lemma 4 (lem:activations)."""
+    """The first two derivatives at z of GELU's approximation by tanh.
+
+    Source: Lemma 4 (lem:activations).
+    """
     c = math.sqrt(2 / math.pi)
     a = 0.044715
     t = torch.tanh(c * (z + a * z**3))
@@ -38,7 +53,7 @@ def gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relu(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope 0 at the kink, as in torch; the second derivative is 0 almost everywhere."""
+    """ReLU'(z), ReLU''(z): slope 0 at the kink, as in torch; the second is 0 almost everywhere."""
     return (z > 0).to(z.dtype), torch.zeros_like(z)
 
 
@@ -89,18 +104,20 @@ class Derivatives:
         self.z = z
 
     @cached_property
-    def _known(self) -> tuple[Tensor, Tensor]:
-        return self.node.derivatives(self.z[0])
+    def _known(self) -> tuple[Tensor, Tensor] | None:
+        return self.node.derivatives(self.z[0]) if self.node.derivatives else None
 
     @cached_property
     def first(self) -> dict[int, Tensor]:
-        if self.node.derivatives is not None:
+        """By moving input."""
+        if self._known is not None:
             return {0: self._known[0]}
         return {i: self._slope(i)(*self.z) for i in self._real}
 
     @cached_property
     def second(self) -> dict[tuple[int, int], Tensor]:
-        if self.node.derivatives is not None:
+        """By pair of moving inputs; none that is zero."""
+        if self._known is not None:
             found = {(0, 0): self._known[1]}
         else:
             pairs = [(i, j) for i in self._real for j in self._real]
@@ -121,16 +138,17 @@ class Derivatives:
 class Elementwise(Node):
     """function(z_1, z_2, ...) entry by entry of inputs broadcast to one shape.
 
-    derivatives: z -> (f'(z), f''(z)) where there is one input and they are known; otherwise they
-    come from automatic differentiation of the function itself, once for a batch. slopes: what holds
-    everywhere, for bounds away from a point. name: which operator of which module.
+    derivatives  z -> (f'(z), f''(z)) where there is one input and they are known; otherwise they
+                 come from automatic differentiation of the function itself, once for a batch
+    slopes       what holds everywhere, for bounds away from a point
+    name         which operator of which module
     """
 
     def __init__(
         self,
         function: Callable[..., Tensor],
-        shape: Sequence[int],
-        inner: Sequence[Sequence[int]],
+        shape: Shape,
+        inner: Shapes,
         derivatives: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         slopes: Slopes | None = None,
         name: str = "elementwise function",
@@ -142,28 +160,28 @@ class Elementwise(Node):
         self.slopes = slopes
         self.name = name
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, Derivatives]:
+    def forward(self, *z: Tensor) -> Forward:
         if len(z) > 1:
             z = tuple(torch.broadcast_tensors(*(aligned(t, len(self.shape)) for t in z)))
         return self.function(*z), Derivatives(self, z)
 
-    def tangent(self, saved: Derivatives, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: Derivatives, dz: Parts) -> Maybe:
         out = None
         for i, slope in saved.first.items():
             if dz[i] is not None:
                 out = plus(out, slope * aligned(dz[i], len(self.shape)))
         return out
 
-    def adjoint(self, saved: Derivatives, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: Derivatives, lam: Tensor, wanted: Wanted) -> Parts:
         moving = enumerate(zip(self.inner, wanted, strict=True))
         return tuple(sum_to(lam * saved.first[i], s) if want else None for i, (s, want) in moving)
 
-    def second_order(self, saved: Derivatives, lam: Tensor, wanted: tuple[int, ...]) -> Form | None:
+    def second_order(self, saved: Derivatives, lam: Tensor, wanted: Wanted) -> Form | None:
         both = {(i, j): t for (i, j), t in saved.second.items() if wanted[i] and wanted[j]}
         bends = {pair: lam * t for pair, t in both.items()}
         return self._form(bends, len(wanted)) if bends else None
 
-    def majorant(self, saved: Derivatives, lam: Tensor, wanted: tuple[int, ...]) -> Form | None:
+    def majorant(self, saved: Derivatives, lam: Tensor, wanted: Wanted) -> Form | None:
         """Entry by entry the absolute value of the matrix lam f'' between the inputs."""
         moving = [i for i, want in enumerate(wanted) if want]
         if len(moving) == 1:
@@ -177,7 +195,7 @@ class Elementwise(Node):
         return self._form({(moving[a], moving[b]): M[..., a, b] for a, b in places}, len(wanted))
 
     def _form(self, bends: dict[tuple[int, int], Tensor], count: int) -> Form:
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             parts = [None] * count
             for (i, j), bend in bends.items():
                 if dz[j] is not None:
@@ -191,9 +209,9 @@ class Elementwise(Node):
         self,
         saved: Derivatives,
         lam: Tensor,
-        wanted: tuple[int, ...],
-        shapes: Sequence[tuple[int, ...]],
-        leaves: tuple[bool, ...],
+        wanted: Wanted,
+        shapes: Shapes,
+        leaves: Leaves,
     ) -> Roots:
         """Of one input the root of the absolute form, entry by entry."""
         if len(wanted) > 1:
@@ -203,7 +221,7 @@ class Elementwise(Node):
         half = (lam * saved.second[0, 0])[0].abs().sqrt()
         return ((torch.diag(half.flatten()).reshape(-1, *half.shape),),)
 
-    def norms(self, inputs: tuple[Known, ...], saved: Derivatives | None, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Derivatives | None, at: Situation) -> Known:
         moving = [i for i, x in enumerate(inputs) if x.jet.moves]
         if not moving:
             return Known(at.still)

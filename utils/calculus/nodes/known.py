@@ -9,14 +9,14 @@ of the input alone. Source: Theorem 1 (thm:jet), Corollary (cor:ball).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
 from utils.calculus.jets import Jet
-from utils.calculus.lemmas import centred, hypot, least, spectral, with_ones
-from utils.calculus.nodes.base import Node
+from utils.calculus.lemmas import Number, centred, hypot, least, spectral, with_ones
+from utils.calculus.nodes.base import Maybe, Node
 
 Numbers = dict[tuple[str, str], Tensor]
 
@@ -35,23 +35,23 @@ class Known:
     value    z at the centre (n, *shape), None where it is not used
     group    number of the group of weights, of a parameter; None for all else
     data     whether it depends on the input
-    node, inputs  what made it, for a node that knows better than a product of norms
+    node, inputs  the `Node` that made it, for one that knows better than a product of norms
     notes    further numbers that the node leaves for those that read it
     """
 
     jet: Jet
     shape: tuple[int, ...] = ()
-    moved: Tensor | float = math.inf
-    full: Tensor | float = math.inf
-    row: Tensor | float = math.inf
-    centred: Tensor | float = math.inf
-    spread: Tensor | float = math.inf
-    value: Tensor | None = None
+    moved: Number = math.inf
+    full: Number = math.inf
+    row: Number = math.inf
+    centred: Number = math.inf
+    spread: Number = math.inf
+    value: Maybe = None
     group: int | None = None
     data: bool = True
-    node: Node | None = None
+    node: Any = None
     inputs: tuple[Known, ...] = ()
-    notes: dict[str, object] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -73,7 +73,8 @@ class Known:
         return least(self.at_centre(ones, centre) + self.moved, size)
 
     def at_centre(self, ones: bool = False, centre: bool = False) -> Tensor:
-        """`norm` at the weights of the centre alone; inf where the value is not used."""
+        """`norm` with these `ones` at the weights of the centre alone; inf where the value is not
+        used."""
         if self.value is None:
             return self.jet.a.new_full((1,), math.inf)
         key = f"norm {ones} {centre}"
@@ -98,7 +99,7 @@ class Known:
         return self.jet.a.new_zeros(1, *self.shape) if self.value is None else self.value
 
     def tightened(self, radius: float) -> Known:
-        """The same with every number at most what the others imply."""
+        """The same with every number at most what the others imply on a ball of this `radius`."""
         rows = max(1, self.rows)
         full = least(self.full, math.sqrt(rows) * self.row)
         moved = least(self.moved, radius * self.jet.a.norm(dim=-1), 2 * full)
@@ -114,6 +115,9 @@ class Known:
         spread = least(spread, row)
         middle = least(middle, full, math.sqrt(rows) * spread)
         return replace(self, moved=moved, full=full, row=row, centred=middle, spread=spread)
+
+
+Inputs = tuple[Known, ...]
 
 
 class Situation:
@@ -144,15 +148,15 @@ class Situation:
         self.numbers: Numbers = {}
         self.step = ""
 
-    def number(self, name: str, value: Tensor | float) -> Tensor:
-        """Note a number of the step at hand; returns it, or the ceiling where that is smaller."""
+    def number(self, name: str, value: Number) -> Tensor:
+        """Note the number `name` of the step at hand, `value` (n,); returns it, or the ceiling
+        where that is smaller."""
         key = (self.step, name)
         self.numbers[key] = least(value, self.ceilings.get(key, math.inf))
         return self.numbers[key]
 
-    def apply(self, node: Node, inputs: Sequence[Known]) -> Known:
+    def apply(self, node: Node, inputs: Inputs) -> Known:
         """What is known of node(inputs)."""
-        inputs = tuple(inputs)
         data = any(known.data for known in inputs)
         moves = any(known.jet.moves for known in inputs)
         value, saved = node.forward(*(known.stand_in for known in inputs))

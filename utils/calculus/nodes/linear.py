@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +11,20 @@ from torch import Tensor
 from utils.calculus.jets import Jet
 from utils.calculus.lemmas import hypot, least, spectral, through
 from utils.calculus.nodes.arrays import aligned
-from utils.calculus.nodes.base import Form, Parts
-from utils.calculus.nodes.bilinear import Bilinear, Shapes, same_group
-from utils.calculus.nodes.known import Known, Situation
+from utils.calculus.nodes.base import Form, Forward, Maybe, Parts, Shape, Shapes, Wanted
+from utils.calculus.nodes.bilinear import Bilinear, same_group
+from utils.calculus.nodes.known import Inputs, Known, Situation
 
 
 class Linear(Bilinear):
     """x W^T + b on every token: x (..., in), W (out, in) or, `turned`, (in, out), b (out,) -> (...,
     out)."""
 
-    def __init__(self, shape: Sequence[int], inner: Shapes, turned: bool = False):
+    def __init__(self, shape: Shape, inner: Shapes, turned: bool = False):
         super().__init__(shape, inner)
         self.turned = turned
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+    def forward(self, *z: Tensor) -> Forward:
         x, W, *bias = z
         if W.shape[0] > 1 or (bias and bias[0].shape[0] > 1):
             return super().forward(*z)
@@ -38,7 +37,7 @@ class Linear(Bilinear):
             return x @ W[0]
         return (x.flatten(1, -2) @ W).reshape(len(W), *self.shape)
 
-    def tangent(self, saved: tuple, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: tuple, dz: Parts) -> Maybe:
         x = saved[0]
         if dz[0] is None or dz[1] is None or len(dz[1]) == 1 or len(x) == 1:
             return super().tangent(saved, dz)
@@ -63,7 +62,7 @@ class Linear(Bilinear):
             lam = lam.flatten(0, 1)[None]
         return x.mT @ lam if self.turned else lam.mT @ x
 
-    def second_order(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form | None:
+    def second_order(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form | None:
         if not (wanted[0] and wanted[1]):
             return None
         return LinearForm(self, saved, lam, wanted)
@@ -72,7 +71,7 @@ class Linear(Bilinear):
         U, S, Vh = torch.linalg.svd(lam.flatten(1, -2), full_matrices=False)  # tokens by outputs
         S = S[..., None]
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             x = dz[0].flatten(1, -2)
             W = dz[1].mT if self.turned else dz[1]
             x = (U @ (S * (U.mT @ x))).reshape(dz[0].shape)
@@ -81,7 +80,7 @@ class Linear(Bilinear):
 
         return form
 
-    def coupling(self, lam: Tensor, place: int, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    def coupling(self, lam: Tensor, place: int, shapes: Shapes) -> Tensor:
         """lam^T X' for the rows X', without the rotation on its left."""
         if place == 1:
             return super().coupling(lam, place, shapes)
@@ -95,7 +94,7 @@ class Linear(Bilinear):
         """W (L, out, in) at the centre."""
         return W.value.mT if self.turned else W.value
 
-    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         """[W b] of one module is one group of weights and acts on [X 1]."""
         x, W, *bias = inputs
         one_group = same_group(W, bias)
@@ -147,20 +146,20 @@ class LinearForm:
     the same pass.
     """
 
-    def __init__(self, node: Linear, saved: tuple, lam: Tensor, wanted: tuple[int, ...]):
+    def __init__(self, node: Linear, saved: tuple, lam: Tensor, wanted: Wanted):
         self.node = node
         self.saved = saved
         self.lam = lam
         self.wanted = wanted
         self.rows = lam.flatten(1, -2)
 
-    def __call__(self, dz: Parts, dout: Tensor | None) -> Parts:
+    def __call__(self, dz: Parts, dout: Maybe) -> Parts:
         x = None if dz[1] is None else self.node.left(self.lam, dz[1])
         y = None if dz[0] is None else self.node.right(self.lam, dz[0], self.wanted[1] == 2)
         return (x, y, *(None,) * (len(self.wanted) - 2))
 
     def after(self, mu: Tensor, dz: Parts) -> Parts | None:
-        """D phi^T mu and the form together; None where they do not have the same rows."""
+        """D phi^T mu and the form of dz together; None where they do not have the same rows."""
         alike = all(t is not None and len(t) == len(mu) == len(self.lam) for t in dz[:2])
         if not alike or self.wanted[1] == 2 or len(mu) == 1:
             return None

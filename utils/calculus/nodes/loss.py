@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,10 +16,9 @@ from utils.calculus.lemmas import (
     softmax_moved,
 )
 from utils.calculus.nodes.arrays import scaled_by
-from utils.calculus.nodes.base import Form, Node, Parts
-from utils.calculus.nodes.known import Known, Situation
-
-IGNORED = -100  # the label of a token that does not count, as in torch
+from utils.calculus.nodes.base import Form, Forward, Maybe, Node, Parts, Wanted
+from utils.calculus.nodes.known import Inputs, Known, Situation
+from utils.networks.losses import IGNORED
 
 
 class CrossEntropy(Node):
@@ -35,7 +35,7 @@ class CrossEntropy(Node):
         self.counts = labels != IGNORED
         self.labels = labels.clamp_min(0)
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, tuple]:
+    def forward(self, *z: Tensor) -> Forward:
         f = z[0].reshape(len(z[0]), -1, z[0].shape[-1])
         p = f.softmax(-1)
         weight = self.counts / self.counts.sum(1, keepdim=True).clamp_min(1).to(
@@ -52,17 +52,17 @@ class CrossEntropy(Node):
             z[0].argmax(-1, keepdim=True),
         )
 
-    def tangent(self, saved: tuple, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: tuple, dz: Parts) -> Maybe:
         return None if dz[0] is None else (saved[0] * dz[0]).flatten(1).sum(1)
 
-    def adjoint(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Parts:
         return (scaled_by(lam, saved[0]),)
 
-    def second_order(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+    def second_order(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
         _, weighted, p, top = saved
         weighted = scaled_by(lam, weighted)
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             if dz[0] is None:
                 return (None,)
             g = dz[0] - torch.take_along_dim(dz[0], top, -1)
@@ -70,11 +70,11 @@ class CrossEntropy(Node):
 
         return form
 
-    def majorant(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+    def majorant(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
         """S is positive semidefinite, and so is |lam| S."""
         return self.second_order(saved, lam.abs(), wanted)
 
-    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         """|r| <= sqrt(2) and ||S|| <= 1/2 wherever the logits are; near known ones less."""
         f = inputs[0]
         weight = self.counts / self.counts.sum(1, keepdim=True).clamp_min(1).to(f.jet.a)
@@ -100,7 +100,7 @@ class SquaredError(Node):
     def __init__(self, y: Tensor):
         self.y = y
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, tuple]:
+    def forward(self, *z: Tensor) -> Forward:
         f = z[0]
         if self.y.is_floating_point():
             error = f - self.y.reshape(f.shape)
@@ -109,24 +109,24 @@ class SquaredError(Node):
             error = f.scatter_add(-1, labels, f.new_full(labels.shape, -1.0))
         return error.square().flatten(1).mean(1), (2 / error[0].numel() * error,)
 
-    def tangent(self, saved: tuple, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: tuple, dz: Parts) -> Maybe:
         return None if dz[0] is None else (saved[0] * dz[0]).flatten(1).sum(1)
 
-    def adjoint(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Parts:
         return (scaled_by(lam, saved[0]),)
 
-    def second_order(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+    def second_order(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
         curvature = 2 / saved[0][0].numel() * lam
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             return (None if dz[0] is None else scaled_by(curvature, dz[0]),)
 
         return form
 
-    def majorant(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+    def majorant(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
         return self.second_order(saved, lam.abs(), wanted)
 
-    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         f = inputs[0]
         count = math.prod(f.shape)
         target = self.y.flatten(1).norm(dim=1) if self.y.is_floating_point() else 1.0
@@ -137,4 +137,7 @@ class SquaredError(Node):
         return Known(f.jet.smooth(r, at.number("S_hat", 2 / count)))
 
 
-LOSS_NODES = {"cross_entropy": CrossEntropy, "mse": SquaredError}
+LOSS_NODES: dict[str, Callable[[Tensor], Node]] = {
+    "cross_entropy": CrossEntropy,
+    "mse": SquaredError,
+}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 from utils.calculus.jets import Jet
 from utils.calculus.lemmas import hypot, least, spectral
 from utils.calculus.nodes.arrays import aligned, sum_to
-from utils.calculus.nodes.base import Form, Parts, Roots
-from utils.calculus.nodes.bilinear import Bilinear, Shapes, same_group
-from utils.calculus.nodes.known import Known, Situation
+from utils.calculus.nodes.base import Form, Maybe, Parts, Roots, Shape, Shapes, Wanted
+from utils.calculus.nodes.bilinear import Bilinear, same_group
+from utils.calculus.nodes.known import Inputs, Known, Situation
 from utils.calculus.nodes.rows import Normalisation
 
 
@@ -23,7 +22,7 @@ class Matmul(Bilinear):
     """x y over the last two axes, the axes before broadcast: scores Q K^T and mixing A V of
     attention."""
 
-    def __init__(self, shape: Sequence[int], inner: Shapes):
+    def __init__(self, shape: Shape, inner: Shapes):
         super().__init__(shape, inner)
         self.rank = max(len(s) for s in self.inner[:2])
 
@@ -40,7 +39,7 @@ class Matmul(Bilinear):
         """Head by head; an operand that is broadcast over heads adds their majorants up."""
         U, S, Vh = torch.linalg.svd(lam, full_matrices=False)
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             x = aligned(dz[0], self.rank)
             y = aligned(dz[1], self.rank)
             x = U @ (S[..., None] * (U.mT @ x))
@@ -53,8 +52,8 @@ class Matmul(Bilinear):
         self,
         saved: tuple,
         lam: Tensor,
-        wanted: tuple[int, ...],
-        shapes: Sequence[tuple[int, ...]],
+        wanted: Wanted,
+        shapes: Shapes,
     ) -> Roots:
         """lam = U S V^T head by head: S^(1/2) U^T on the columns of x', S^(1/2) V^T on the rows of
         y'."""
@@ -72,7 +71,7 @@ class Matmul(Bilinear):
             (None, of_y.reshape(-1, *shapes[1]), *rest),
         )
 
-    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         """Attention is one map from queries, keys and values; any other product is bilinear."""
         from utils.calculus.nodes.attention import attention  # it knows this class
 
@@ -141,14 +140,14 @@ class Product(Bilinear):
 
         U, S, Vh = torch.linalg.svd(matrices(lam), full_matrices=False)
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             x = U @ (S[..., None] * (U.mT @ matrices(dz[0])))
             y = ((matrices(dz[1]) @ Vh.mT) * S[..., None, :]) @ Vh
             return restored(x, 0), restored(y, 1)
 
         return form
 
-    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         """A normalisation with its gain is one map; any other product is bilinear."""
         x, y, *bias = inputs
         of_x, of_x_still = _by_copies(x, y)

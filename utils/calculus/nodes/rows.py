@@ -4,7 +4,6 @@ without their gains."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from utils.calculus.jets import Jet
 from utils.calculus.lemmas import (
     SOFTMAX_FIRST,
+    Number,
     gained_norms,
     largest,
     least,
@@ -22,13 +22,24 @@ from utils.calculus.lemmas import (
     softmax_second,
 )
 from utils.calculus.nodes.arrays import absolute, unit
-from utils.calculus.nodes.base import Form, Node, Parts, Roots, Unknown
-from utils.calculus.nodes.known import Known, Situation
+from utils.calculus.nodes.base import (
+    Form,
+    Forward,
+    Leaves,
+    Maybe,
+    Node,
+    Parts,
+    Roots,
+    Shapes,
+    Unknown,
+    Wanted,
+)
+from utils.calculus.nodes.known import Inputs, Known, Situation
 
 
 def row_roots(form: Form, lam: Tensor, axes: int) -> Roots:
-    """The root of a form that acts on every row alone, the last `axes` axes: one eigenvalue problem
-    a row. lam (1, *shape): any array of the value's shape."""
+    """The root of a `form` that acts on every row alone, the last `axes` axes: one eigenvalue
+    problem a row. lam (1, *shape): any array of the value's shape."""
     d = math.prod(lam.shape[-axes:])
     places = lam.shape[1:-axes]
     units = torch.eye(d, dtype=lam.dtype, device=lam.device).reshape(
@@ -55,20 +66,20 @@ class Softmax(Node):
     def _dot(self, a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(self.axis, keepdim=True)
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *z: Tensor) -> Forward:
         s = z[0].softmax(self.axis)
         return s, s
 
-    def tangent(self, saved: Tensor, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: Tensor, dz: Parts) -> Maybe:
         return None if dz[0] is None else saved * (dz[0] - self._dot(saved, dz[0]))
 
-    def adjoint(self, saved: Tensor, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: Tensor, lam: Tensor, wanted: Wanted) -> Parts:
         return (saved * (lam - self._dot(saved, lam)),)
 
-    def second_order(self, saved: Tensor, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+    def second_order(self, saved: Tensor, lam: Tensor, wanted: Wanted) -> Form:
         c = lam - self._dot(saved, lam)
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             if dout is None:
                 return (None,)
             out = dout * c
@@ -76,14 +87,14 @@ class Softmax(Node):
 
         return form
 
-    def majorant(self, saved: Tensor, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+    def majorant(self, saved: Tensor, lam: Tensor, wanted: Wanted) -> Form:
         """Row by row the matrix diag(s o c) - s (s o c)^T - (s o c) s^T, by its eigenvectors."""
         s = saved.movedim(self.axis, -1)
         sc = (saved * (lam - self._dot(saved, lam))).movedim(self.axis, -1)
         cross = s[..., :, None] * sc[..., None, :]
         M = absolute(torch.diag_embed(sc) - cross - cross.mT)
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             if dz[0] is None:
                 return (None,)
             rows = dz[0].movedim(self.axis, -1)
@@ -95,20 +106,20 @@ class Softmax(Node):
         self,
         saved: Tensor,
         lam: Tensor,
-        wanted: tuple[int, ...],
-        shapes: Sequence[tuple[int, ...]],
-        leaves: tuple[bool, ...],
+        wanted: Wanted,
+        shapes: Shapes,
+        leaves: Leaves,
     ) -> Roots:
         form = self.majorant(saved, lam, wanted)
         if self.axis % lam.ndim == lam.ndim - 1:
             return row_roots(form, lam, 1)
         return super().roots(saved, lam, wanted, shapes, leaves)
 
-    def norms(self, inputs: tuple[Known, ...], saved: Tensor | None, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Tensor | None, at: Situation) -> Known:
         t = inputs[0]
         length = t.shape[self.axis if self.axis < 0 else self.axis - 1]
         rows = math.prod(t.shape) // length
-        first = SOFTMAX_FIRST
+        first: Number = SOFTMAX_FIRST
         notes = {}
         if saved is not None:
             notes["first"] = softmax_first(saved.movedim(self.axis, -1)).flatten(1).amax(1)
@@ -150,26 +161,26 @@ class Normalisation(Node):
         n, scale = saved
         return scale * (self._centre(t)).addcmul(n, self._dot(n, t), value=-1)
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, tuple]:
+    def forward(self, *z: Tensor) -> Forward:
         x = self._centre(z[0])
         scale = (self._dot(x, x) + self.eps).rsqrt()  # 1/rho
         n = x * scale
         return n, (n, scale)
 
-    def tangent(self, saved: tuple, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: tuple, dz: Parts) -> Maybe:
         return None if dz[0] is None else self._derivative(saved, dz[0])
 
-    def adjoint(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Parts:
         return (self._derivative(saved, lam),)
 
-    def second_order(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+    def second_order(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
         n, scale = saved
         factor = -scale.square()
         along = factor * self._dot(n, lam)
         m = factor * self._centre(lam)
         skew = m - 3 * along * n  # the form is  m (n.x') + n (skew.x') + along P x'
 
-        def form(dz: Parts, dout: Tensor | None) -> Parts:
+        def form(dz: Parts, dout: Maybe) -> Parts:
             x = dz[0]
             if x is None:
                 return (None,)
@@ -179,7 +190,7 @@ class Normalisation(Node):
 
         return form
 
-    def majorant(self, saved: tuple, lam: Tensor, wanted: tuple[int, ...]) -> Form:
+    def majorant(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
         """M is a P outside the plane of n and m and symmetric inside it: |a| P there, a 2 x 2
         eigenproblem here."""
         shape = saved[0].shape
@@ -197,7 +208,7 @@ class Normalisation(Node):
         ME = torch.stack([form((e,), None)[0] for e in (first, second)], -2)
         T = absolute((E @ ME.mT + ME @ E.mT) / 2)
 
-        def majorant(dz: Parts, dout: Tensor | None) -> Parts:
+        def majorant(dz: Parts, dout: Maybe) -> Parts:
             if dz[0] is None:
                 return (None,)
             x = dz[0].flatten(-len(self.axes))
@@ -212,9 +223,9 @@ class Normalisation(Node):
         self,
         saved: tuple,
         lam: Tensor,
-        wanted: tuple[int, ...],
-        shapes: Sequence[tuple[int, ...]],
-        leaves: tuple[bool, ...],
+        wanted: Wanted,
+        shapes: Shapes,
+        leaves: Leaves,
     ) -> Roots:
         return row_roots(self.majorant(saved, lam, wanted), lam, len(self.axes))
 
@@ -251,7 +262,7 @@ class Normalisation(Node):
         d = math.prod(x.shape[-len(self.axes) :])
         return self._centre(x.value).reshape(len(x.value), -1, d)
 
-    def norms(self, inputs: tuple[Known, ...], saved: tuple | None, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         x = inputs[0]
         rho, bend, turned = self._on_ball(x, at)
         d = math.prod(x.shape[-len(self.axes) :])
@@ -260,7 +271,8 @@ class Normalisation(Node):
 
     def gained(self, x: Known, gamma: Known, beta: Known | None, at: Situation) -> Known:
         """What is known of gamma n(x) + beta as one map: diag(gamma) Dn has a smaller norm than its
-        factors. The gain has the shape of a row; the sizes are left to `Product`.
+        factors. The gain has the shape of a row; the sizes are left to `Product`; `at` as in
+        `Node.norms`.
 
         Source: Lemma 3 (lem:layernorm), Corollary (cor:ball), part (ii).
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,50 +13,59 @@ from torch import Tensor
 
 from utils.calculus.lemmas import hypot, largest
 from utils.calculus.nodes.arrays import aligned, plus, sum_to
-from utils.calculus.nodes.base import Node, Parts
-from utils.calculus.nodes.known import Known, Situation
+from utils.calculus.nodes.base import Forward, Maybe, Node, Parts, Shape, Shapes, Wanted
+from utils.calculus.nodes.known import Inputs, Known, Situation
 
 
-class LinearMap(Node):
+class Flat(Node):
+    """A kind without a second derivative."""
+
+    def second_order(self, saved: Any, lam: Tensor, wanted: Wanted) -> None:
+        return None
+
+    def majorant(self, saved: Any, lam: Tensor, wanted: Wanted) -> None:
+        return None
+
+
+class LinearMap(Flat):
     """A linear map A of one input. Subclasses give `apply` = A and `transpose` = A^T, both on
     arrays (n, ...); no entry of A is negative."""
 
     whole_rows = False  # whether each row of the output is a row of the input
 
     def apply(self, x: Tensor) -> Tensor:
+        """A x of values x (n, *shape)."""
         raise NotImplementedError
 
     def transpose(self, lam: Tensor) -> Tensor:
+        """A^T lam of adjoints lam (n, *shape of the output)."""
         raise NotImplementedError
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+    def forward(self, *z: Tensor) -> Forward:
         return self.apply(z[0]), None
 
-    def tangent(self, saved: object, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: Any, dz: Parts) -> Maybe:
         return None if dz[0] is None else self.apply(dz[0])
 
-    def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: Any, lam: Tensor, wanted: Wanted) -> Parts:
         return (self.transpose(lam),)
 
-    def second_order(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
-        return None
-
-    def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
-        return None
-
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         x = inputs[0]
         norm = schur(self.apply, self.transpose, x)
         known = Known(x.jet.linear(norm), moved=norm * x.moved, full=norm * x.full)
         if not self.whole_rows:
             return known
-        sizes = {"row": x.row, "spread": x.spread, "centred": norm * x.centred}
-        return replace(known, **sizes)
+        return replace(known, row=x.row, spread=x.spread, centred=norm * x.centred)
 
 
 def schur(apply: Callable, transpose: Callable, x: Known) -> float:
     """>= ||A|| of a map without negative entries: the root of its largest sum of a row times that
-    of a column, which is the norm itself of selections, copies and sums."""
+    of a column, which is the norm itself of selections, copies and sums.
+
+    apply, transpose  A and A^T on arrays (1, *shape)
+    x                 the input, for its shape
+    """
     rows = apply(torch.ones_like(x.stand_in[:1]))
     columns = transpose(torch.ones_like(rows))
     return math.sqrt(float(rows.max()) * float(columns.max()))
@@ -64,12 +74,12 @@ def schur(apply: Callable, transpose: Callable, x: Known) -> float:
 class Reshape(LinearMap):
     """The same numbers in another shape: an isometry."""
 
-    def __init__(self, inner: Sequence[int], outer: Sequence[int]):
+    def __init__(self, inner: Shape, outer: Shape):
         self.inner = tuple(inner)
         self.outer = tuple(outer)
         self.whole_rows = self.inner[-1:] == self.outer[-1:]
 
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         x = inputs[0]
         if x.shape == self.outer:
             return x
@@ -95,7 +105,7 @@ class Permute(LinearMap):
         self.back = tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
         self.whole_rows = self.order[-1:] == (len(self.order) - 1,)
 
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         return replace(super().norms(inputs, saved, at), group=inputs[0].group)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -109,14 +119,14 @@ class Select(LinearMap):
     """A part of the entries along one axis: a selection, of norm at most 1. An integer drops the
     axis."""
 
-    def __init__(self, inner: Sequence[int], axis: int, part: int | slice):
+    def __init__(self, inner: Shape, axis: int, part: int | slice):
         self.inner = tuple(inner)
         self.axis = axis
         self.part = part
         self.index = (slice(None),) * (axis + 1) + (part,)
         self.whole_rows = axis < len(self.inner) - 1
 
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         """A node that acts on every row alone is asked anew, for the rows that are kept."""
         x = inputs[0]
         behind = len(x.shape) - self.axis
@@ -127,8 +137,8 @@ class Select(LinearMap):
         for t in x.inputs:
             axis = len(t.shape) - behind
             varies = axis >= 0 and t.shape[axis] > 1
-            kept.append(at.apply(Select(t.shape, axis, self.part), [t]) if varies else t)
-        return at.apply(x.node, kept)
+            kept.append(at.apply(Select(t.shape, axis, self.part), (t,)) if varies else t)
+        return at.apply(x.node, tuple(kept))
 
     def apply(self, x: Tensor) -> Tensor:
         return x[self.index]
@@ -143,7 +153,7 @@ class Expand(LinearMap):
     """Copies along new axes and axes of length 1, `copies` of every number: of norm
     sqrt(copies)."""
 
-    def __init__(self, inner: Sequence[int], outer: Sequence[int]):
+    def __init__(self, inner: Shape, outer: Shape):
         self.inner = tuple(inner)
         self.outer = tuple(outer)
         self.copies = math.prod(self.outer) / max(1, math.prod(self.inner))
@@ -159,14 +169,14 @@ class Expand(LinearMap):
 class Sum(LinearMap):
     """scale times the sum over some axes (a mean has scale 1/count): of norm scale sqrt(count)."""
 
-    def __init__(self, inner: Sequence[int], axes: Sequence[int], keepdim: bool, scale: float):
+    def __init__(self, inner: Shape, axes: Sequence[int], keepdim: bool, scale: float):
         self.inner = tuple(inner)
         self.axes = tuple(axis + 1 for axis in axes)
         self.keepdim = keepdim
         self.scale = scale
         self.count = math.prod(self.inner[axis] for axis in axes)
 
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         """A sum of rows is no longer than the longest times their number."""
         known = super().norms(inputs, saved, at)
         if len(self.inner) in self.axes:
@@ -186,26 +196,26 @@ class Sum(LinearMap):
 class Mask(LinearMap):
     """x where `keep` is true, a number elsewhere: the second input is a constant boolean array."""
 
-    def __init__(self, shape: Sequence[int], value: float, keep: bool = True):
+    def __init__(self, shape: Shape, value: float, keep: bool = True):
         self.shape = tuple(shape)
         self.value = value
         self.keep = keep
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+    def forward(self, *z: Tensor) -> Forward:
         x, mask = z
         kept = aligned(mask if self.keep else ~mask, len(self.shape))
         x = aligned(x, len(self.shape))
         return torch.where(kept, x, self.value), (kept, x.shape[1:])
 
-    def tangent(self, saved: object, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: Any, dz: Parts) -> Maybe:
         kept, _ = saved
         return None if dz[0] is None else torch.where(kept, aligned(dz[0], len(self.shape)), 0.0)
 
-    def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: Any, lam: Tensor, wanted: Wanted) -> Parts:
         kept, inner = saved
         return sum_to(torch.where(kept, lam, 0.0), inner), None
 
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         x = inputs[0]
         norm = math.sqrt(math.prod(self.shape) / max(1, math.prod(x.shape)))
         filled = abs(self.value) * math.sqrt(math.prod(self.shape)) if self.value else 0.0
@@ -216,7 +226,7 @@ class Mask(LinearMap):
 class Patches(LinearMap):
     """Images (n, 1, C, S, S') -> the patches that a convolution reads, (n, 1, places, C k k')."""
 
-    def __init__(self, inner: Sequence[int], kernel: Sequence[int], **options: object):
+    def __init__(self, inner: Shape, kernel: Sequence[int], **options: Any):
         self.inner = tuple(inner)
         self.kernel = tuple(kernel)
         self.options = options
@@ -236,11 +246,11 @@ class Lookup(LinearMap):
         self.rows = rows
         self.padding = padding
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+    def forward(self, *z: Tensor) -> Forward:
         table, index = z
         return table[0][index], index
 
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         """The root of how often one row is read is the norm."""
         table, index = inputs
         places = index.value.flatten(1)
@@ -249,7 +259,7 @@ class Lookup(LinearMap):
         jet = table.jet.linear(norm)
         return Known(jet, moved=norm * table.moved, row=table.row, spread=table.spread)
 
-    def tangent(self, saved: Tensor, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: Tensor, dz: Parts) -> Maybe:
         table = dz[0]
         if table is None:
             return None
@@ -259,7 +269,7 @@ class Lookup(LinearMap):
         rows = table.gather(1, flat[..., None].expand(-1, -1, table.shape[-1]))
         return self._padded(rows, flat).reshape(lead, *saved.shape[1:], -1)
 
-    def adjoint(self, saved: Tensor, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: Tensor, lam: Tensor, wanted: Wanted) -> Parts:
         flat = saved.flatten(1).expand(len(lam), -1)
         rows = self._padded(lam.reshape(len(lam), flat.shape[1], -1), flat)
         if wanted[0] == 2:
@@ -272,17 +282,15 @@ class Lookup(LinearMap):
         return rows if self.padding < 0 else rows * (flat != self.padding)[..., None]
 
 
-class Combination(Node):
+class Combination(Flat):
     """sum_k c_k x_k, broadcast to one shape: additions, subtractions, numbers as factors."""
 
-    def __init__(
-        self, shape: Sequence[int], inner: Sequence[Sequence[int]], factors: Sequence[float]
-    ):
+    def __init__(self, shape: Shape, inner: Shapes, factors: Sequence[float]):
         self.shape = tuple(shape)
         self.inner = [tuple(s) for s in inner]
         self.factors = tuple(factors)
 
-    def _sum(self, terms: Parts) -> Tensor | None:
+    def _sum(self, terms: Parts) -> Maybe:
         total = None
         for factor, term in zip(self.factors, terms, strict=True):
             if term is not None:
@@ -290,20 +298,20 @@ class Combination(Node):
                 total = plus(total, term if factor == 1 else factor * term)
         return None if total is None else total.expand(-1, *self.shape)
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+    def forward(self, *z: Tensor) -> Forward:
         return self._sum(z), None
 
-    def tangent(self, saved: object, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: Any, dz: Parts) -> Maybe:
         return self._sum(dz)
 
-    def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: Any, lam: Tensor, wanted: Wanted) -> Parts:
         parts = []
         for factor, inner, want in zip(self.factors, self.inner, wanted, strict=True):
             part = lam if factor == 1 else factor * lam
             parts.append(sum_to(part, inner) if want else None)
         return tuple(parts)
 
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         """Norms add up; of an operand that is copied along new axes times the root of the
         copies."""
         shape = torch.broadcast_shapes(*(x.shape for x in inputs))
@@ -323,29 +331,23 @@ class Combination(Node):
             )
         return total
 
-    def second_order(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
-        return None
 
-    def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
-        return None
-
-
-def _width(shape: tuple[int, ...]) -> int:
+def _width(shape: Shape) -> int:
     return shape[-1] if shape else 1
 
 
-class Concatenation(Node):
+class Concatenation(Flat):
     """The inputs one after the other along an axis."""
 
-    def __init__(self, axis: int, inner: Sequence[Sequence[int]]):
+    def __init__(self, axis: int, inner: Shapes):
         self.axis = axis + 1
         self.inner = [tuple(s) for s in inner]
 
-    def forward(self, *z: Tensor) -> tuple[Tensor, object]:
+    def forward(self, *z: Tensor) -> Forward:
         lead = max(t.shape[0] for t in z)
         return torch.cat([t.expand(lead, *t.shape[1:]) for t in z], self.axis), None
 
-    def tangent(self, saved: object, dz: Parts) -> Tensor | None:
+    def tangent(self, saved: Any, dz: Parts) -> Maybe:
         moving = [t for t in dz if t is not None]
         if not moving:
             return None
@@ -356,16 +358,10 @@ class Concatenation(Node):
         ]
         return torch.cat(full, self.axis)
 
-    def adjoint(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> Parts:
+    def adjoint(self, saved: Any, lam: Tensor, wanted: Wanted) -> Parts:
         return lam.split([shape[self.axis - 1] for shape in self.inner], self.axis)
 
-    def second_order(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
-        return None
-
-    def majorant(self, saved: object, lam: Tensor, wanted: tuple[int, ...]) -> None:
-        return None
-
-    def norms(self, inputs: tuple[Known, ...], saved: object, at: Situation) -> Known:
+    def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         """The parts are orthogonal: their norms add up in squares; the longest row is one of
         theirs."""
         side_by_side = self.axis == len(self.inner[0])
