@@ -222,10 +222,10 @@ CASES = ["two blocks", "pre cls gelu", "pre mean gelu_tanh", "post cls relu", "p
 CASES += ["mlp", "mlp relu without bias mse", "fused", "fused mse", "encoder pre", "encoder post"]
 
 
-def small_first(names) -> list:
-    """For `parametrize`: the network of two blocks, which costs most, among the slow tests."""
-    slow = pytest.mark.slow
-    return [pytest.param(name, marks=slow) if name == "two blocks" else name for name in names]
+def small_first(names, slow=("two blocks",)) -> list:
+    """For `parametrize`: what costs most, or is near to another, among the slow tests."""
+    mark = pytest.mark.slow
+    return [pytest.param(name, marks=mark) if name in slow else name for name in names]
 
 
 def case(name: str) -> tuple[nn.Module, Tensor, Tensor, str]:

@@ -37,6 +37,7 @@ def table():
     return pd.DataFrame({"k": [1, 10, 100, 1000], "value": [1.0, 1 / 3, 0.1, 0.03]})
 
 
+@pytest.mark.slow
 def test_same_data_give_the_same_bytes(folder):
     data, files = table(), [f"curve{suffix}" for suffix in (".pdf", ".png", ".csv")]
     path = save_figure(draw(data), "quickstart", "curve", data)

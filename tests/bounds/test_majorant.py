@@ -60,7 +60,7 @@ def fitted() -> nn.Module:
 
 
 HARD = {
-    "head weights zero": lambda: zeroed(random_vit(1, 0.7, depth=2), "head.weight"),
+    "head weights zero": lambda: zeroed(random_vit(1, 0.7), "head.weight"),
     "head zero": lambda: zeroed(random_vit(1, 0.7, eps=1e-6), "head.weight", "head.bias"),
     "last gain zero": lambda: zeroed(random_vit(1, 0.7), "1.norm.weight", "norm.weight"),
     "gain of a block zero": lambda: zeroed(random_vit(1, 0.7, depth=2), "blocks.0.norm1.weight"),

@@ -18,7 +18,7 @@ from utils.hessian import (
 from utils.hessian.derivatives import dense_hessian, per_sample_hessian_vector_product
 
 
-@pytest.mark.parametrize("name", small_first(CASES))
+@pytest.mark.parametrize("name", small_first(CASES, ("two blocks", "encoder post", "fused mse")))
 def test_derivatives_are_double_backward(name):
     model, x, y, loss = case(name)
     value, g, H = reference(model, x, y, loss)
