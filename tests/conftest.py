@@ -23,6 +23,11 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items):
+    """Notebooks first, whose files take longest: the workers end together."""
+    items.sort(key=lambda item: "tests/workflow/" not in item.nodeid)
+
+
 def pytest_collection_finish():
     """Each trace of a network would walk all objects of all imports, for longer than it traces."""
     gc.freeze()

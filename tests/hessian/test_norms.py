@@ -268,7 +268,7 @@ def test_half_trained_network():
     """Indefinite Hessians after a few steps of training: every value within 1e-3 of the dense one,
     both precisions.
     """
-    model, (x, y) = tiny_vit(depth=2, d_model=8, d_ff=8), examples(20, 7)
+    model, (x, y) = tiny_vit(depth=2, d_model=8, d_ff=8).float(), examples(20, 7)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(40):
         optimizer.zero_grad()

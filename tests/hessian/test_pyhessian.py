@@ -213,7 +213,7 @@ def test_trap_1_eigenvalues_stop_early_and_say_nothing():
     """On single samples the default rule leaves errors beyond its tolerance; the adapter's residual
     tells them.
     """
-    model, (x, y) = random_vit(1, depth=2), examples(8, 4)
+    model, (x, y) = random_vit(4, depth=2), examples(8, 4)
     internals, product = importlib.import_module("pyhessian.hessian"), "hessian_vector_product"
     for i in (4, 7):
         one = x[i : i + 1], y[i : i + 1]

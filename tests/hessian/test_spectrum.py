@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from exact import F64, reference
-from networks import NETWORKS, Fused, Hidden, case
+from networks import NETWORKS, Fused, Hidden, case, examples, random_vit
 from refusal import refused
 from torch import nn
 
@@ -42,7 +42,7 @@ def test_hutch_plus_plus_beats_hutchinson_where_few_eigenvalues_rule():
     """Unbiased over seeds, its standard error is its spread, and it is smaller at the same number
     of products.
     """
-    model, x, y, loss = case("two blocks")
+    model, (x, y), loss = random_vit(3, 1.6, depth=2), examples(), "cross_entropy"
     exact = reference(model, x, y, loss)[2].trace().item()
     spread = {}
     for estimator in ("hutchinson", "hutch++"):
