@@ -154,7 +154,7 @@ def test_buffers_of_other_types_do_not_set_the_precision():
             self.register_buffer("mask", torch.tensor([True, False, True, True]))
             self.between = lambda h: torch.tanh(h) * self.mask
 
-    model, (x, y) = Masked().double(), samples()
+    model, (x, y) = Masked().double(), examples()
     losses = Losses(model, x, y, parameters=["last.*"])
     assert losses.engine == "chain"
     close(losses.dense(), sample_hessians(model, x, y).mean(0)[-losses.P :, -losses.P :])

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from utils.calculus.chain import Chain, read_chain
+from utils.calculus.checks import check_gradient, check_outputs
 from utils.calculus.tape import Tape
-from utils.networks.contract import check_labels, prepared_copy
-from utils.networks.losses import LOSSES, logits
+from utils.networks.contract import check_labels, prepared_copy, second_order_mode
+from utils.networks.losses import LOSSES, logits, loss_from_logits
 
 ROUNDING = 1 + 1e-10  # covers that of sums of products of nonnegative numbers
 
@@ -106,8 +107,12 @@ def subject(
     check_labels(y, output.shape, loss)
     names = [name for name, _ in twin.named_parameters()]
     tape = tape_of(twin, chain, x[:1], y[:1], loss, names)
-    if not torch.allclose(tape.values[chain.output], output, rtol=1e-6, atol=1e-9, equal_nan=True):
-        raise ValueError("The network's chain does not compute what the network does: report it.")
+    with torch.enable_grad(), second_order_mode():
+        value = loss_from_logits(logits(twin, x[:1]).double(), y[:1], loss).sum()
+        weights = [p.requires_grad_(True) for p in twin.parameters()]
+        found = torch.autograd.grad(value, weights, allow_unused=True)
+    check_outputs(tape, output)
+    check_gradient(tape, dict(zip(names, found, strict=True)))
     values = [t for t in tape.values.values() if t.ndim > 1]
     groups = list(dict.fromkeys(map(group_of, names)))
     return Subject(

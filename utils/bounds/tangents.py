@@ -68,7 +68,7 @@ class Walk:
             for group in self.complete.get(i, ()):
                 parts = weights.pop(group, None)
                 if parts:
-                    visit(group, torch.cat([t.flatten(1) for t in parts.values()], 1))
+                    visit(group, torch.cat([t.reshape(len(t), -1) for t in parts.values()], 1))
 
     def _step_back(self, step: Step, rows: Tensor, found: dict, weights: dict) -> None:
         wanted = self.tape.wanted[step.output]

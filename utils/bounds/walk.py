@@ -58,7 +58,9 @@ def known_values(of: Subject, rows: Tensor, at: Situation) -> dict[str, Known]:
         group = of.groups.index(group_of(name))
         jet = Jet.parameter(group, m, like)
         value = t.detach()[None]
-        known[name] = Known(jet, tuple(t.shape), at.radius, value=value, group=group, data=False)
+        known[name] = Known(
+            jet, tuple(t.shape), at.radius, value=value, group=group, name=name, data=False
+        )
     constants = {name: t[None] for name, t in of.model.named_buffers()} | of.chain.constants
     for name, t in constants.items():
         real = t.is_floating_point() or (name.startswith("number ") and t.dtype != torch.bool)

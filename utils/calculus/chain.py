@@ -114,6 +114,12 @@ def _opened(node: fx.Node) -> bool:
     return isinstance(node.meta["val"], tuple | list)
 
 
+def forget(chain: Chain) -> None:
+    """Read the chain anew next time: it was not the network's."""
+    for key in [key for key, value in _kept.items() if value is chain]:
+        del _kept[key]
+
+
 # --- chains that were read before -----------------------------------------------------------------
 
 _kept: OrderedDict[tuple, Chain] = OrderedDict()
@@ -141,11 +147,16 @@ def _signature(model: nn.Module, x: Tensor) -> tuple | None:
             plain.append((key, described))
         tensors = [*module._parameters.items(), *module._buffers.items()]
         shapes = tuple(
-            (k, t if t is None else (tuple(t.shape), seen.setdefault(id(t), len(seen))))
+            (k, t if t is None else (tuple(t.shape), kind(t), seen.setdefault(id(t), len(seen))))
             for k, t in tensors
         )
         parts.append((name, type(module), type(module).forward, tuple(plain), shapes))
     return tuple(parts)
+
+
+def kind(t: Tensor) -> str:
+    """What a chain depends on of a tensor's type: real of any precision, or exactly which."""
+    return "real" if t.is_floating_point() else str(t.dtype)
 
 
 def _described(value: object) -> tuple | None:

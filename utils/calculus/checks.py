@@ -14,15 +14,17 @@ from utils.calculus.trace import Untraceable
 from utils.run.streams import generator
 
 
-def check_chain(tape: Tape, output: Tensor) -> None:
-    """Check a chain by a few examples: their outputs, and once for each chain a symmetric Hessian.
+def check_chain(tape: Tape, output: Tensor, gradient: dict[str, Tensor | None]) -> None:
+    """Check a chain by a few examples: outputs, gradients, and once a symmetric Hessian.
 
-    tape    of the examples, one direction each
-    output  what the network itself gives for them (n, ...)
+    tape      of the examples, one direction each
+    output    what the network itself gives for them (n, ...)
+    gradient  of the sum of their losses by automatic differentiation, by parameter
 
     Raises Untraceable.
     """
     check_outputs(tape, output)
+    check_gradient(tape, gradient)
     if tape.chain in _symmetric:
         return
     if not symmetric(tape):
@@ -31,6 +33,30 @@ def check_chain(tape: Tape, output: Tensor) -> None:
 
 
 _symmetric: WeakSet[Chain] = WeakSet()
+
+
+def check_gradient(tape: Tape, gradient: dict[str, Tensor | None]) -> None:
+    """Raise Untraceable unless the chain's gradient is that of automatic differentiation.
+
+    What a trace loses shows here: blocks without gradient, backward functions of one's own, hooks.
+    gradient: of the sum of the losses of the tape's examples, by name; None is zero.
+    """
+    difference = 0.0
+    size = 0.0
+    for name, ours in tape.gradient().items():
+        theirs = gradient[name]
+        ours = 0.0 if ours is None else ours.sum(0)
+        theirs = torch.zeros(()) if theirs is None else theirs
+        difference += float((theirs - ours).square().sum())
+        size += float(theirs.square().sum())
+    narrow = bool(tape.chain.casts) or tape.losses.dtype != torch.float64
+    relative = 1e-3 if narrow else 1e-7
+    absolute = 1e-5 if narrow else 1e-11  # where all examples are fitted, gradients are rounding
+    if not difference**0.5 <= relative * size**0.5 + absolute:
+        raise Untraceable(
+            "The traced network has another gradient than the network: a block without gradient, "
+            "a backward function of its own, or a hook."
+        )
 
 
 def check_outputs(tape: Tape, output: Tensor) -> None:

@@ -227,7 +227,7 @@ def _combination(chain: Lowering, node: fx.Node) -> bool:
 
 def _linear(chain: Lowering, node: fx.Node) -> bool:
     shapes = [shape_of(a) for a in node.args]
-    if len(shapes[0]) < 2:
+    if len(shapes[0]) < 2 or len(shapes[1]) != 2 or shapes[2:] not in ([], [shapes[1][:1]]):
         return False
     chain.add(Linear(shape_of(node), shapes), list(node.args), node, node)
     return True
@@ -239,6 +239,8 @@ def _addmm(chain: Lowering, node: fx.Node) -> bool:
         return False
     inputs = [x, W, bias]
     shapes = [shape_of(a) for a in inputs]
+    if shapes[2] != shapes[1][1:]:
+        return False
     chain.add(Linear(shape_of(node), shapes, turned=True), inputs, node, node)
     return True
 
@@ -260,7 +262,7 @@ def _convolution(chain: Lowering, node: fx.Node) -> bool:
     """The patches that the kernel reads, then `Linear` on every place."""
     defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
     x, W, bias, stride, padding, dilation, groups = _arguments(node, *defaults)
-    if groups != 1 or isinstance(padding, str):
+    if groups != 1 or isinstance(padding, str) or len(shape_of(x)) != 4 or shape_of(x)[0] != 1:
         return False
     shape = shape_of(node)
     channels, *kernel = shape_of(W)
@@ -308,11 +310,15 @@ def _rms_norm(chain: Lowering, node: fx.Node) -> bool:
 def _normalisation(
     chain: Lowering, node: fx.Node, x: fx.Node, kind: Node, gain: Any, bias: Any
 ) -> None:
-    if gain is None:
+    shape = shape_of(node)
+    if gain is None and bias is None:
         chain.add(kind, [x], node, node)
         return
     n = chain.add(kind, [x], f"{chain.name(node)}.n", node)
-    shape = shape_of(node)
+    if gain is None:
+        shapes = [shape, shape_of(bias)]
+        chain.add(Combination(shape, shapes, (1.0, 1.0)), [n, bias], node, node)
+        return
     inputs = [n, gain] + ([bias] if bias is not None else [])
     shapes = [shape] + [shape_of(a) for a in inputs[1:]]
     chain.add(Product(shape, shapes), inputs, node, node)
@@ -325,6 +331,8 @@ def _group_norm(chain: Lowering, node: fx.Node) -> bool:
     rows = (shape[0], groups, math.prod(shape[1:]) // groups)
     split = chain.add(Reshape(shape, rows), [x], f"{name}.rows", node)
     n = chain.add(Normalisation(eps), [split], f"{name}.n", node)
+    if gain is None and bias is not None:
+        return False
     if gain is None:
         chain.add(Reshape(rows, shape), [n], node, node)
         return True
@@ -359,7 +367,8 @@ def _attention(chain: Lowering, node: fx.Node) -> bool:
         return False
     name = chain.name(node)
     of_q, of_k, of_v = (shape_of(t) for t in (q, k, v))
-    scale = node.kwargs.get("scale") or 1 / math.sqrt(of_q[-1])
+    scale = node.kwargs.get("scale")
+    scale = 1 / math.sqrt(of_q[-1]) if scale is None else scale
     rank = len(of_k)
     keys = (*of_k[:-2], of_k[-1], of_k[-2])
     scores = (*shape_of(node)[:-1], of_k[-2])
@@ -432,6 +441,9 @@ LINEAR = frozenset(
 def _elementwise(chain: Lowering, node: fx.Node) -> None:
     """A function entry by entry; of GELU and ReLU the derivatives are known."""
     inputs = node.all_input_nodes
+    if any(a.meta["val"].is_complex() for a in (node, *inputs)):
+        _operator(chain, node)
+        return
     name = operator_name(node) if not isinstance(node.target, Composite) else "composite"
     if node.kwargs.get("approximate") == "tanh":
         name = "gelu_tanh"

@@ -187,9 +187,8 @@ def _pushed(graph: fx.Graph, narrow: fx.Node) -> bool:
     """Replace narrow(op(...)) by op(narrow(...)) if that is possible."""
     source, axis, start, *_ = narrow.args
     axis %= len(shape_of(source))
-    same = [
-        user for user in source.users if _is(user, "slice") and user.args[:4] == narrow.args[:4]
-    ]
+    start %= shape_of(source)[axis]
+    same = [user for user in source.users if _is_narrow(user) and user.args[:4] == narrow.args[:4]]
     if len(same) > 1:  # equal selections are one
         narrow = min(same, key=list(graph.nodes).index)
         for other in same:

@@ -102,7 +102,8 @@ class Tape:
                 value = value.to(dtype)
             self.values[step.output] = value
             moves = [name in alive for name in step.inputs]
-            if any(moves):
+            smooth = value.is_floating_point() or value.is_complex()
+            if any(moves) and smooth:
                 alive.add(step.output)
                 self.saved[step.output] = saved
                 self.wanted[step.output] = tuple(
@@ -296,8 +297,8 @@ class Tape:
 def log_dot(a: Tensor, b: Tensor) -> Tensor:
     """log <a, b> (n,) of arrays a, b (n, ...), -inf where it is not positive; the products do not
     underflow."""
-    a = a.flatten(1)
-    b = b.flatten(1)
+    a = a.reshape(len(a), -1)
+    b = b.reshape(len(b), -1)
     sizes = [t.abs().amax(1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny) for t in (a, b)]
     dot = (a / sizes[0] * (b / sizes[1])).sum(1).clamp_min(0)
     return dot.log() + sizes[0][:, 0].log() + sizes[1][:, 0].log()

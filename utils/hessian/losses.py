@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from utils.calculus import Chain, Tape, Untraceable, read_chain
+from utils.calculus import Chain, Tape, read_chain
+from utils.calculus.chain import forget
 from utils.calculus.checks import check_chain
 from utils.hessian.coordinates import Coordinates
 from utils.hessian.differentiation import Differentiation, check_part
@@ -118,8 +119,15 @@ class Losses(Coordinates):
             self.chain = read_chain(self.model, self.x)
             few = self._rows(None)[:8]
             tape = self._tape(dict(self.model.named_parameters()), few)
-            check_chain(tape, self._automatic.logits({}, self.x[few]))
-        except (Untraceable, RuntimeError, NotImplementedError) as reason:
+            point = dict(self.model.named_parameters())
+            ones = self.w.new_ones(len(few))
+            gradient = self._automatic.gradient(point, self.x[few], self.y[few], ones)[1]
+            check_chain(tape, self._automatic.logits({}, self.x[few]), gradient)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as reason:  # of any kind, from an operator that cannot run like this
+            if self.chain is not None:
+                forget(self.chain)
             self.chain = None  # an operator that vmap has no rule for raises RuntimeError
             self.untraced = str(reason).splitlines()[0]
 

@@ -96,7 +96,7 @@ def _by_heads(t: Known) -> tuple[Tensor, Tensor]:
     """>= the largest norm of the matrices in the last two axes, on the ball and at its centre."""
     still = t.jet.a.new_full((1,), math.inf)
     if t.value is not None:
-        still = spectral(t.value).flatten(1).amax(1)
+        still = spectral(t.value).reshape(len(t.value), -1).amax(1)
     return least(still + t.moved, math.sqrt(t.shape[-2]) * t.row, t.full), still
 
 
@@ -189,7 +189,8 @@ def _by_copies(x: Known, y: Known) -> tuple[Tensor, Tensor]:
     still = x.jet.a.new_full((1,), math.inf)
     if x.value is not None:
         squares = aligned(x.value, len(shape)).square().expand(-1, *shape)
-        still = sum_to(squares, y.shape).flatten(1).amax(1).sqrt()
+        still = sum_to(squares, y.shape)
+        still = still.reshape(len(still), -1).amax(1).sqrt()
     copies = math.sqrt(math.prod(shape) / max(1, math.prod(x.shape)))
     whole = copies * x.full
     largest = math.sqrt(math.prod(shape) / max(1, math.prod(y.shape))) * x.largest()

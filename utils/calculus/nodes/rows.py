@@ -117,7 +117,8 @@ class Softmax(Node):
 
     def norms(self, inputs: Inputs, saved: Tensor | None, at: Situation) -> Known:
         t = inputs[0]
-        length = t.shape[self.axis if self.axis < 0 else self.axis - 1]
+        axis = self.axis + len(t.shape) if self.axis < 0 else self.axis - 1
+        length = t.shape[axis]
         rows = math.prod(t.shape) // length
         first: Number = SOFTMAX_FIRST
         notes = {}
@@ -130,7 +131,7 @@ class Softmax(Node):
             t.jet.smooth(first, second),
             moved=least(first * t.moved, math.sqrt(2 * rows)),
             full=math.sqrt(rows),
-            row=1.0 if length == t.shape[-1] else math.inf,
+            row=1.0 if axis == len(t.shape) - 1 else math.inf,
             notes=notes,
         )
 
@@ -299,7 +300,8 @@ class Normalisation(Node):
         jet = Jet.of([x.jet, gamma.jet], [norms["first"], norms["own"]], second)
         moved = least(norms["first"] * x.moved, Gamma * turned)
         moved = moved + least(own, norms["own"]) * gamma.moved
-        if beta is not None and (beta.group is None or beta.group != gamma.group):
+        apart = beta is not None and beta.name != gamma.name and beta.group == gamma.group
+        if beta is not None and (beta.group is None or not apart):
             jet = jet + beta.jet.linear(math.sqrt(rows))
             moved = moved + math.sqrt(rows) * beta.moved
         return Known(jet, moved=moved)
