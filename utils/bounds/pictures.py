@@ -12,22 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from utils.figures import ROLES
+from utils.hessian import blocks as blocks_of_hessian
 
 STYLES = {
     "closed_form": ROLES["closed form"],
     "prior": ROLES["bound"],
     "prior, measured": ROLES["tighter"],
 }
-SHORT = {
-    "attention.query": "Q",
-    "attention.key": "K",
-    "attention.value": "V",
-    "attention.out": "O",
-    "mlp.fc1": "W1",
-    "mlp.fc2": "W2",
-    "norm1": "LN1",
-    "norm2": "LN2",
-}
+SHORT = blocks_of_hessian.ROLES | {"norm1": "LN1", "norm2": "LN2"}
 
 
 def style(rung: str) -> dict:

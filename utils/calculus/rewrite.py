@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from utils.calculus.trace import operator_name, shape_of
+from utils.calculus.trace import operator_name, shape_of, swapped_axes
 
 aten = torch.ops.aten
 ARITHMETIC = {"add", "sub", "mul", "div", "neg", "rsub"}
@@ -226,10 +226,7 @@ def _input_axes(node: fx.Node, axis: int) -> dict[int, int] | None:
     if name == "matmul" and min(len(shape_of(a)) for a in node.args) >= 2:
         return _matmul_axes(node, axis, rank)
     if name == "transpose":
-        order = list(range(rank))
-        i, j = (a % rank for a in node.args[1:])
-        order[i], order[j] = order[j], order[i]
-        return {0: order[axis]}
+        return {0: swapped_axes(node)[axis]}
     if name == "permute":
         return {0: node.args[1][axis] % rank}
     if name in ("view", "_unsafe_view", "reshape"):

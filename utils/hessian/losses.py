@@ -29,7 +29,7 @@ from utils.networks.contract import (
     refuse_random_or_batch_dependent,
     second_order_mode,
 )
-from utils.networks.losses import LOSSES
+from utils.networks.losses import check_loss
 
 
 class Losses(Coordinates):
@@ -72,8 +72,7 @@ class Losses(Coordinates):
                 f"x has {len(x)} samples and y has {len(y)}: "
                 "give as many labels as inputs, at least one."
             )
-        if loss not in LOSSES:
-            raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+        check_loss(loss)
         first = next(model.parameters(), None)
         if first is None:
             raise ValueError("The model has no parameters: give one that has weights.")

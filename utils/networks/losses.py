@@ -18,6 +18,15 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+def check_loss(loss: str) -> None:
+    """Raise ValueError unless `loss` is one of `LOSSES`.
+
+    >>> check_loss("mse")
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+
+
 def loss_from_logits(f: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tensor:
     """Loss (n,) of each example, from the logits `f` (n, K) and the labels `y` (n,).
 
@@ -27,11 +36,10 @@ def loss_from_logits(f: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tenso
     >>> loss_from_logits(torch.zeros(1, 2), torch.tensor([1]))
     tensor([0.6931])
     """
+    check_loss(loss)
     if loss == "cross_entropy":
         of_label = f.gather(-1, y[..., None])[..., 0]
         return f.logsumexp(-1) - of_label
-    if loss == "mse":
-        classes = torch.arange(f.shape[-1], device=f.device)
-        one_hot = (y[..., None] == classes).to(f.dtype)
-        return (f - one_hot).square().mean(-1)
-    raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+    classes = torch.arange(f.shape[-1], device=f.device)
+    one_hot = (y[..., None] == classes).to(f.dtype)
+    return (f - one_hot).square().mean(-1)

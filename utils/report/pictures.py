@@ -11,10 +11,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from utils.figures import ROLES, band
+from utils.hessian.pictures import COLOURS
+from utils.surface.pictures import LOOKS, SAMPLES
 
-LOOKS = ("measured", "control", "tighter", "bound")
-PARTS = {"training": "#0173B2", "calibration": "#029E73", "held-out": "#D55E00"}
-SAMPLES = "k [samples]"
 RADIUS = "distance from w0 [fraction of |w0|]"
 
 
@@ -45,7 +44,7 @@ def norms(table: pd.DataFrame) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 3.6))
     positive = np.log10(table.loc[table["value"] > 0, "value"])
     edges = np.linspace(positive.min(), positive.max(), 30)
-    for part, colour in PARTS.items():
+    for part, colour in COLOURS.items():
         values = table.loc[table["part"] == part, "value"]
         zeros = f", of which {(values == 0).sum()} are 0" if (values == 0).any() else ""
         look = {"histtype": "step", "linewidth": 1.7, "color": colour}

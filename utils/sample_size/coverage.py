@@ -14,6 +14,7 @@ from utils.sample_size.measurement import Pilot
 from utils.sample_size.rivals import baselines
 from utils.sample_size.step import k_step
 from utils.sample_size.surface import gaussian_factor, k_fixed_probes, k_surface
+from utils.surface.identities import as_rows
 from utils.surface.intervals import binomial_interval
 
 STREAM = 29  # of the simulated samples: default_rng([seed, STREAM])
@@ -66,7 +67,7 @@ def true_size(
     >>> low <= k <= high
     True
     """
-    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    values = as_rows(values)
     values = values - values.mean(1, keepdims=True)
     factor = gaussian_factor(values, confidence, seed)
     length = 40 * math.ceil(factor * values.var(1).mean() / tolerance**2)

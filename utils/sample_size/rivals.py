@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import OptimizeWarning, curve_fit
 
+from utils.surface.identities import as_rows
+
 CURVE_STREAM = 19  # of the orders of `settling_curve`: default_rng([seed, CURVE_STREAM])
 ORDER_STREAM = 23  # of the order in which "doubling" reads: default_rng([seed, ORDER_STREAM])
 
@@ -88,7 +90,7 @@ def settling_curve(
     >>> bool(curve[0] > curve[1] > curve[2])
     True
     """
-    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    values = as_rows(values)
     k = np.asarray(k)
     limit = values.mean(1, keepdims=True)
     generator = np.random.default_rng([seed, CURVE_STREAM])
@@ -140,7 +142,7 @@ def baselines(
     >>> sizes["one step"], sorted(sizes)[:3]
     (10, ['algebraic root', 'arctan', 'doubling'])
     """
-    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    values = as_rows(values)
     m = values.shape[1]
     S = math.sqrt(values.var(1, ddof=1).mean())
     sizes: dict = {"one step": max(1.0, math.ceil(S / tolerance))}
