@@ -44,6 +44,11 @@ def ladder(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """Bound against measured norm, and the decades that every rung loses, with its cost.
 
     table, summary  of `compare.Comparison.table` and `compare.summary`
+
+    >>> from utils.bounds.compare import summary
+    >>> row = {"rung": "prior", "ratio": 2.0, "products": 1.0, "bound": 2.0, "measured": 1.0}
+    >>> table = pd.DataFrame([row, row | {"bound": 6.0, "ratio": 3.0, "measured": 2.0}])
+    >>> plt.close(ladder(table, summary(table)))
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.3, 3.9))
     for rung in summary.index:
@@ -73,7 +78,11 @@ def ladder(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
 
 def growth(table: pd.DataFrame) -> Figure:
-    """One panel for each sweep of the table of `compare.growth`, one line for each rung."""
+    """One panel for each sweep of the table of `compare.growth`, one line for each rung.
+
+    >>> columns = {"sweep": "depth", "value": [1, 2], "rung": "prior", "log10": [1.0, 2.0]}
+    >>> plt.close(growth(pd.DataFrame(columns)))
+    """
     sweeps = list(table["sweep"].unique())
     figure, axes = plt.subplots(1, len(sweeps), figsize=(8.3, 3.2), sharey=True, squeeze=False)
     for ax, sweep in zip(axes[0], sweeps, strict=True):
@@ -110,6 +119,8 @@ def blocks(bound: np.ndarray, exact: np.ndarray, groups: Iterable[str], rung: st
 
     groups  of weights
     rung    of the bound
+
+    >>> plt.close(blocks(np.eye(2) + 1, np.eye(2) + 0.5, ["embed", "head"], "prior"))
     """
     names = labels(groups)
     floor = 1e-12 * exact.max()
@@ -131,6 +142,9 @@ def constants(summary: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Rungs (median over examples) and printed constants over the norm on one axis.
 
     summary, published  of `compare.summary` and `compare.published`
+
+    >>> published = pd.DataFrame({"constant": ["a constant"], "printed / exact": [0.5]})
+    >>> plt.close(constants(pd.DataFrame({"median": [2.0]}, ["prior"]), published))
     """
     figure, ax = plt.subplots(figsize=(8.3, 3.6))
     names = [shown(rung) for rung in summary.index] + list(published["constant"])
@@ -150,6 +164,9 @@ def misfit(norms: pd.DataFrame) -> Figure:
     """Norms of examples against q = 1 - exp(-loss).
 
     norms  columns part, q, value
+
+    >>> columns = {"part": "training", "q": [0.1, 0.5], "value": [1.0, 4.0]}
+    >>> plt.close(misfit(pd.DataFrame(columns)))
     """
     figure, ax = plt.subplots(figsize=(6.5, 3.6))
     for part, rows in norms.groupby("part", sort=False):
@@ -171,7 +188,7 @@ def misfit_power(norms: pd.DataFrame, seed: int) -> tuple[float, float, float]:
     norms  columns q, value
     seed   of the bootstrap
 
-    >>> q = np.array([0.1, 0.2, 0.5])
+    >>> q = np.geomspace(0.01, 1, 50)
     >>> round(misfit_power(pd.DataFrame({"q": q, "value": q**2}), 1)[1], 6)
     2.0
     """

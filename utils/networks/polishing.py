@@ -13,6 +13,7 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from utils.hessian import Losses
+from utils.hessian.coordinates import Operator
 from utils.hessian.norms import operator_norm
 
 ROUND = 60  # L-BFGS iterations of a round
@@ -45,7 +46,7 @@ class Objective:
         penalty = 0.5 * self.l2 * move.square().sum()
         return loss.item() + penalty.item(), gradient.to(w) + self.l2 * move
 
-    def hessian(self, w: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    def hessian(self, w: Tensor, rows: Tensor) -> Operator:
         """The map v (P,) -> (H + l2) v, H the Hessian at `w` of the mean loss over `rows`."""
         curvature = self.losses.hessian(w.to(self.losses.w), rows)
         return lambda v: curvature(v.to(self.losses.w)).to(v) + self.l2 * v

@@ -15,14 +15,12 @@ from utils.sample_size.rivals import baselines
 from utils.sample_size.step import k_step
 from utils.sample_size.surface import gaussian_factor, k_fixed_probes, k_surface
 from utils.surface.identities import as_rows
-from utils.surface.intervals import binomial_interval
+from utils.surface.intervals import Estimate, binomial_interval
 
 STREAM = 29  # of the simulated samples: default_rng([seed, STREAM])
 
 
-def exceedance(
-    values: np.ndarray, k: int, tolerance: float, orders: np.ndarray
-) -> tuple[float, float, float]:
+def exceedance(values: np.ndarray, k: int, tolerance: float, orders: np.ndarray) -> Estimate:
     """Share of orders in which Z_k' > tau for some k' >= k, with its exact 95 % interval.
 
     values     held-out losses (n,) or (n_probes, n)
