@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from utils.networks.contract import (
     prepared_copy,
+    refuse_dropout,
     refuse_random_or_batch_dependent,
     second_order_mode,
 )
@@ -25,6 +26,17 @@ def test_losses():
         loss_from_logits(f, y, "mse"), F.mse_loss(f, target, reduction="none").mean(1)
     )
     refused(lambda: loss_from_logits(f, y, "hinge"), "hinge")
+
+
+def test_losses_of_tokens():
+    """The mean over an example's tokens, of which some do not count; targets that are numbers."""
+    f = torch.randn(2, 3, 4, dtype=torch.float64)
+    y = torch.tensor([[1, -100, 3], [0, 0, 2]])
+    expected = torch.stack([F.cross_entropy(a, b) for a, b in zip(f, y)])
+    torch.testing.assert_close(loss_from_logits(f, y), expected)
+    target = torch.randn(2, 3, 4, dtype=torch.float64)
+    squares = (f - target).square().mean((1, 2))
+    torch.testing.assert_close(loss_from_logits(f, target, "mse"), squares)
 
 
 def test_prepared_copy_and_mode():
@@ -62,7 +74,6 @@ class Call(nn.Module):
 @pytest.mark.parametrize(
     "model, said",
     [
-        (nn.Sequential(nn.Flatten(), nn.Dropout(0.1)), "dropout with p = 0.1"),
         (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16).eval()), "batch statistics"),
         (Call(lambda x: x.sum(1)), "(n, classes)"),
         (Call(lambda x: x / 0), "finite"),
@@ -79,3 +90,13 @@ def test_what_is_accepted(build):
     refuse_random_or_batch_dependent(build(), images(4))
     dropout = nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(16, 3)).double()
     refuse_random_or_batch_dependent(dropout, images(4))
+    refuse_dropout(dropout)
+
+
+def test_dropout_is_judged_by_what_it_does():
+    """In eval mode it does nothing; to train with it is refused."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(16, 3)).double()
+    refuse_random_or_batch_dependent(model.eval(), images(4))
+    refused(lambda: refuse_dropout(model), "dropout with p = 0.1")
+    model[1].train()
+    refused(lambda: refuse_random_or_batch_dependent(model, images(4)), "two outputs")

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from bounded import bilinear_norm, by_name, flat_weights, images, norm2, small_vit
+from bounded import bilinear_norm, by_name, norm2
+from networks import flat, random_vit, uneven_examples
 from torch.func import functional_call, jacfwd
 
 from utils.bounds import hessian_bounds, loss_upper_bound, measured_norms
@@ -42,12 +43,12 @@ def blocks_of(model, w, x, stop=None):
 )
 def test_constants_of_the_closed_form(activation, seed, scale):
     """t1, t2, o1, ... m2, x1, x2, P, D and E against the joint derivatives that they bound."""
-    model = small_vit(seed, scale, activation=activation, pool="mean", d_model=4, d_ff=3)
-    x, _ = images(seed, 1)
+    model = random_vit(seed, scale, activation=activation, pool="mean", d_model=4, d_ff=3)
+    x, _ = uneven_examples(1, seed)
     form = {k: torch.as_tensor(v).flatten().tolist() for k, v in closed_form(model, x).items()}
     form = {k: v[0] for k, v in form.items()}
     c = {k.removeprefix("blocks.0."): v for k, v in form.items()}
-    block, w = model.blocks[0], flat_weights(model)
+    block, w = model.blocks[0], flat(model)
     X = blocks_of(model, w, x[0])["X"][0]
 
     def flat_map(module, X, node):
@@ -57,7 +58,7 @@ def test_constants_of_the_closed_form(activation, seed, scale):
             p = by_name(module, z[X.numel() :])
             return node(z[: X.numel()].view(X.shape), p).flatten()
 
-        return run, torch.cat([X.detach().flatten(), flat_weights(module)])
+        return run, torch.cat([X.detach().flatten(), flat(module)])
 
     def attention(name):
         def node(X, p):
@@ -113,14 +114,14 @@ def test_closed_form_follows_from_the_jet_rules(pool):
     Orthogonal parts of the variable add in squares where a linear map adds its own weights: [X 1]
     [W b]^T has first derivative sqrt(W^2 a^2 + |[X 1]|^2) and second W B + a.
     """
-    model = small_vit(1, 1.3, d_model=6, n_heads=3, d_ff=5, depth=2, pool=pool)
+    model = random_vit(1, 1.3, d_model=6, n_heads=3, d_ff=5, depth=2, pool=pool)
     with (
         torch.no_grad()
     ):  # in the second block the last map's own weights dominate: |[O 1]|, |[G 1]|
         for last in (model.blocks[1].attention.out, model.blocks[1].mlp.fc2):
             last.weight.mul_(1e-7)
             last.bias.mul_(1e-7)
-    x, _ = images(1, 1)
+    x, _ = uneven_examples(1, 1)
     form = {k: v for k, v in closed_form(model, x).items() if k != "growth"}
     form = {
         k: float(torch.as_tensor(v)[..., 0] if torch.as_tensor(v).ndim else v)
@@ -205,11 +206,11 @@ def test_closed_form_follows_from_the_jet_rules(pool):
 def test_measured_closed_form_constants(pool):
     """D and E of every block with measured norms against the joint derivatives, LayerNorms of
     different size."""
-    model = small_vit(3, 0.8, pool=pool, d_ff=3, depth=2)
+    model = random_vit(3, 0.8, pool=pool, d_ff=3, depth=2)
     with torch.no_grad():
         model.blocks[1].norm1.weight.mul_(3.0)
         model.norm.weight.mul_(0.3)
-    x, _ = images(3, 1)
+    x, _ = uneven_examples(1, 3)
     form = closed_form(model, x, measured=measured_norms(model, x, names=None))
     free = closed_form(model, x)
     for name, prefix in (("h2", "blocks.1."), ("f", "")):
@@ -217,17 +218,17 @@ def test_measured_closed_form_constants(pool):
         def node(w, name=name):
             return blocks_of(model, w, x[0])[name].flatten()
 
-        J = jacfwd(node)(flat_weights(model))
-        T = jacfwd(jacfwd(node))(flat_weights(model))
+        J = jacfwd(node)(flat(model))
+        T = jacfwd(jacfwd(node))(flat(model))
         assert norm2(J) <= float(form[f"{prefix}D"]) * SLACK
         assert bilinear_norm(T, rounds=2) <= float(form[f"{prefix}E"]) * SLACK
         assert float(form[f"{prefix}D"]) < float(free[f"{prefix}D"])
 
 
 def test_growth_bounds_the_block_jacobian():
-    model = small_vit(1, 1.0, pool="mean", depth=2)
-    x, y = images(1, 1)
-    h = blocks_of(model, flat_weights(model), x[0])
+    model = random_vit(1, 1.0, pool="mean", depth=2)
+    x, y = uneven_examples(1, 1)
+    h = blocks_of(model, flat(model), x[0])
     growth = hessian_bounds(model, x, y, rung="closed_form").terms["growth"]
     for i, block in enumerate(model.blocks):
         J = jacfwd(lambda z, block=block: block(z.view(1, 4, 4)).flatten())(h[f"h{i}"].flatten())
@@ -237,16 +238,16 @@ def test_growth_bounds_the_block_jacobian():
 def test_the_ball_covers_radial_moves():
     """The whole radius spent on one tensor along itself: every quantity at the moved weights is
     within that of the ball. Weights of rank one, where the worst direction adds R exactly."""
-    model = small_vit(0, 0.5)
+    model = random_vit(0, 0.5)
     radius = 0.7
-    x, _ = images(3, 1)
+    x, _ = uneven_examples(1, 3)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.copy_(torch.outer(module.bias, module.weight[0]))
     enlarged = closed_form(model, x, radius)
     for name, p in model.named_parameters():
-        twin = small_vit(0, 0.5)
+        twin = random_vit(0, 0.5)
         twin.load_state_dict(model.state_dict())
         with torch.no_grad():
             twin.get_parameter(name).add_(radius * p / p.norm())

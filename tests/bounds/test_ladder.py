@@ -6,20 +6,11 @@ import math
 
 import pytest
 import torch
-from bounded import (
-    NETWORKS,
-    columns,
-    exact_hessian,
-    exact_norms,
-    flat_weights,
-    images,
-    norm2,
-    small_mlp,
-    small_vit,
-)
-from bounded import by_name as named
+from bounded import columns, moved, norm2
+from exact import exact_norms, norms_of, reference, sample_hessians
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import NETWORKS, flat, random_mlp, random_vit, uneven_examples
 from torch import nn
 
 from utils.bounds import (
@@ -60,8 +51,8 @@ def test_every_rung_above_the_exact_norm(name, loss):
     """Values, blocks and subsets against dense Hessians by double backward; prior >=
     activations."""
     model = NETWORKS[name]()
-    x, y = images(len(name), 1)
-    H = exact_hessian(model, x[0], y[0], loss)
+    x, y = uneven_examples(1, len(name))
+    H = reference(model, x, y, loss)[2]
     exact = norm2(H)
     values = {}
     for rung in rungs_for(model, loss):
@@ -108,15 +99,15 @@ def test_transformers_on_the_ball(
     activation = "gelu" if activation == "relu" and radius else activation
     d, heads = width
     sizes = dict(depth=depth, d_model=d, n_heads=heads, eps=eps, activation=activation)
-    model = small_vit(seed, scale, norm=norm, pool=pool, **sizes)
-    x, y = images(seed, 1)
+    model = random_vit(seed, scale, norm=norm, pool=pool, **sizes)
+    x, y = uneven_examples(1, seed)
     generator = torch.Generator().manual_seed(seed)
-    w = flat_weights(model)
+    w = flat(model)
     gradient = per_sample_gradients(model, x, y, loss)[0]
     steps = [torch.randn(len(w), generator=generator, dtype=torch.float64), gradient]
     for step in steps:
         step = radius * step / step.norm().clamp_min(1e-30)
-        H = exact_hessian(model, x[0], y[0], loss, named(model, step))
+        H = reference(moved(model, step), x, y, loss)[2]
         for rung in rungs_for(model, loss)[:-2]:
             bound = float(hessian_bounds(model, x, y, loss, rung, radius).values[0])
             assert above(bound, norm2(H), norm2(H)), rung
@@ -125,9 +116,9 @@ def test_transformers_on_the_ball(
 
 def test_the_head_alone_is_exact():
     """The logits are linear in the head: every analytic rung gives the norm itself."""
-    model = small_vit(5)
-    x, y = images(5, 3)
-    exact = [norm2(exact_hessian(model, x[i], y[i])[-15:, -15:]) for i in range(3)]
+    model = random_vit(5)
+    x, y = uneven_examples(3, 5)
+    exact = norms_of(sample_hessians(model, x, y)[:, -15:, -15:]).tolist()
     for rung in ("activations", "tangents"):
         bound = hessian_bounds(model, x, y, rung=rung, parameters=["head*"])
         assert bound.groups == ["head"]
@@ -138,8 +129,8 @@ def test_the_head_alone_is_exact():
 @pytest.mark.parametrize("right", [True, False])
 def test_saturated_examples_keep_their_curvature(gap, right):
     """Two classes, head alone: ||H|| = 2 p(1-p) (|v|^2+1), to rounding, where 1 - p is below it."""
-    model = small_vit(7, n_classes=2)
-    x = images(7, 1)[0]
+    model = random_vit(7, n_classes=2)
+    x = uneven_examples(1, 7)[0]
     reads = []
     with torch.no_grad():
         f = model(x)[0]
@@ -156,9 +147,9 @@ def test_saturated_examples_keep_their_curvature(gap, right):
 
 
 def test_batch_dtype_and_model_unchanged():
-    model = small_vit(6).float().train()
+    model = random_vit(6).float().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    x, y = images(6, 5)
+    x, y = uneven_examples(5, 6)
     x = x.float()
     for rung in RUNGS[:-1]:
         together = hessian_bounds(model, x, y, rung=rung)
@@ -176,8 +167,8 @@ def test_batch_dtype_and_model_unchanged():
 
 
 def test_one_token_and_saturated_rows():
-    x, y = images(0, 2)
-    for model in (small_vit(0, patch_size=4, pool="mean"), small_vit(0, 60.0)):
+    x, y = uneven_examples(2, 0)
+    for model in (random_vit(0, patch_size=4, pool="mean"), random_vit(0, 60.0)):
         exact = exact_norms(model, x, y)
         for rung in RUNGS:
             bound = hessian_bounds(model, x, y, rung=rung, **OPTIONS.get(rung, {}))
@@ -198,8 +189,8 @@ def test_token_logits_and_real_targets():
 
 def test_loss_upper_bound():
     for norm in ("pre", "post"):
-        model = small_vit(2, 2.0, norm=norm, activation="relu")
-        x, y = images(2, 50)
+        model = random_vit(2, 2.0, norm=norm, activation="relu")
+        x, y = uneven_examples(50, 2)
         with torch.no_grad():
             worst = float(loss_from_logits(model(25 * x), y).max())
         assert 0 < worst <= loss_upper_bound(model) < loss_upper_bound(model, 1.0)
@@ -208,15 +199,15 @@ def test_loss_upper_bound():
         model.head.bias.zero_()
     assert loss_upper_bound(model) == pytest.approx(math.log(3))
     with pytest.raises(ValueError, match=r"utils.networks.ViT"):
-        loss_upper_bound(small_mlp(0))
+        loss_upper_bound(random_mlp(0))
 
 
 def test_refusals():
-    model = small_vit(0)
-    x, y = images(0, 2)
-    relu = small_vit(0, activation="relu")
-    post = small_vit(0, norm="post")
-    mlp = small_mlp(0, activation="relu")
+    model = random_vit(0)
+    x, y = uneven_examples(2, 0)
+    relu = random_vit(0, activation="relu")
+    post = random_vit(0, norm="post")
+    mlp = random_mlp(0, activation="relu")
     cases = [
         (mlp, {"rung": "closed_form"}, "use rung 'prior'"),
         (mlp, {"radius": 0.1}, "ReLU network says nothing about a ball"),
@@ -250,7 +241,7 @@ def test_refusals():
     ):
         with pytest.raises(ValueError):
             hessian_bounds(model, bad_x, bad_y)
-    free = small_vit(0, eps=0.0)
+    free = random_vit(0, eps=0.0)
     for rung in ("closed_form", "prior"):
         with pytest.raises(ValueError, match="give variance_floor"):
             hessian_bounds(free, x, y, rung=rung)

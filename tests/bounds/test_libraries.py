@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from bounded import exact_norms, images, randomised
+from exact import exact_norms
+from networks import randomised, uneven_examples
 from torch import nn
 
 from utils.bounds import RUNGS, hessian_bounds
@@ -52,7 +53,7 @@ def test_every_rung_above_the_exact_norm(make):
     """Values of all rungs that answer; those that do not name an operator."""
     transformers = pytest.importorskip("transformers")
     model = randomised(make(transformers), 1, 0.7)
-    x, y = images(1, 1)
+    x, y = uneven_examples(1, 1)
     if make in (bert, gpt2):
         x = torch.tensor([[3, 1, 4, 1, 5]])
         y = torch.tensor([[1, 4, 1, 5, 2]]) if make is gpt2 else y

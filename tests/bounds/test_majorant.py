@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bounded import NETWORKS, exact_hessian, exact_norms, images, small_mlp, small_vit
+from exact import exact_norms, reference
+from networks import NETWORKS, random_mlp, random_vit, uneven_examples
 from torch import nn
 
 from utils.bounds import hessian_bounds
@@ -18,12 +19,12 @@ F64 = torch.float64
 def test_quadratic_majorant(name):
     """Q + H and Q - H are positive semidefinite, and Q is symmetric, before and after balancing."""
     model = NETWORKS[name]()
-    x, y = images(3, 1)
+    x, y = uneven_examples(1, 3)
     of = subject(model, x, y, "cross_entropy")
     operator = Majorants(of, torch.tensor([0]))
     if operator.P > 250:
         pytest.skip("too large for dense matrices")
-    H = exact_hessian(model, x[0], y[0])
+    H = reference(model, x, y)[2]
     here = torch.tensor([0])
     for rounds in (0, 4):
         if rounds:
@@ -54,23 +55,23 @@ def scaled(model: nn.Module, factor: float) -> nn.Module:
 
 def fitted() -> nn.Module:
     """Logits so far apart that the first class has a loss near 1e-260."""
-    model = small_vit(1, 0.7)
+    model = random_vit(1, 0.7)
     with torch.no_grad():
         model.head.bias.copy_(torch.tensor([600.0, 0.0, 0.0]))
     return model
 
 
 HARD = {
-    "head weights zero": lambda: zeroed(small_vit(1, 0.7, depth=2), "head.weight"),
-    "head zero": lambda: zeroed(small_vit(1, 0.7, eps=1e-6), "head.weight", "head.bias"),
-    "last gain zero": lambda: zeroed(small_vit(1, 0.7), "1.norm.weight", "norm.weight"),
-    "gain of a block zero": lambda: zeroed(small_vit(1, 0.7, depth=2), "blocks.0.norm1.weight"),
+    "head weights zero": lambda: zeroed(random_vit(1, 0.7, depth=2), "head.weight"),
+    "head zero": lambda: zeroed(random_vit(1, 0.7, eps=1e-6), "head.weight", "head.bias"),
+    "last gain zero": lambda: zeroed(random_vit(1, 0.7), "1.norm.weight", "norm.weight"),
+    "gain of a block zero": lambda: zeroed(random_vit(1, 0.7, depth=2), "blocks.0.norm1.weight"),
     "all gains zero": lambda: zeroed(
-        small_vit(1, 0.7), "norm1.weight", "norm2.weight", "norm.weight"
+        random_vit(1, 0.7), "norm1.weight", "norm2.weight", "norm.weight"
     ),
     "fitted": fitted,
-    "tiny weights": lambda: scaled(small_mlp(2), 1e-130),
-    "two layers zero": lambda: zeroed(small_mlp(2, depth=2), "layers.2.weight", "layers.3.weight"),
+    "tiny weights": lambda: scaled(random_mlp(2), 1e-130),
+    "two layers zero": lambda: zeroed(random_mlp(2, depth=2), "layers.2.weight", "layers.3.weight"),
 }
 
 
@@ -78,7 +79,7 @@ HARD = {
 def test_one_sided_couplings_and_tiny_curvature(name):
     """Within 10 of the exact norm, and not below it, where the gradient moves one side only."""
     model = HARD[name]()
-    x, _ = images(0, 3)
+    x, _ = uneven_examples(3, 0)
     y = torch.tensor([0, 2, 1])
     exact = exact_norms(model, x, y)
     bound = hessian_bounds(model, x, y, rung="majorant", confidence=1 - 1e-9)
@@ -90,8 +91,8 @@ def test_one_sided_couplings_and_tiny_curvature(name):
 
 def test_alone_and_together():
     """The same matrix alone and together; too few steps certify nothing."""
-    model = small_mlp(6)
-    x, y = images(6, 4)
+    model = random_mlp(6)
+    x, y = uneven_examples(4, 6)
     together = hessian_bounds(model, x, y, rung="majorant", max_steps=400)
     alone = [
         hessian_bounds(model, x[i : i + 1], y[i : i + 1], rung="majorant", max_steps=400)

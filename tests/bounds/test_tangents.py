@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bounded import NETWORKS, chain_values, columns, flat_weights, images, norm2
+from bounded import chain_values, columns, norm2
+from networks import NETWORKS, flat, uneven_examples
 from torch.func import jacfwd
 
 from utils.bounds.subject import subject
@@ -17,7 +18,7 @@ F64 = torch.float64
 
 def walk_of(name: str):
     model = NETWORKS[name]()
-    x, y = images(2, 1)
+    x, y = uneven_examples(1, 2)
     of = subject(model, x, y, "cross_entropy")
     with torch.no_grad():
         return model, x, y, of, Walk(of, 0)
@@ -70,7 +71,7 @@ def test_rows_walked_back(name):
     """||R dx/dw_g|| measured exactly for every value; the Gauss-Newton part and its blocks too, and
     the functional part bounded block by block."""
     model, x, y, of, walk = walk_of(name)
-    w = flat_weights(model)
+    w = flat(model)
     index = columns(model, of.groups)
     J = jacfwd(lambda w: chain_values(of.chain, model, w, x[0]))(w)
     generator = torch.Generator().manual_seed(0)

@@ -11,17 +11,8 @@ import math
 
 import pytest
 import torch
-from bounded import (
-    NETWORKS,
-    bilinear_norm,
-    chain_values,
-    columns,
-    flat_weights,
-    images,
-    norm2,
-    small_mlp,
-    small_vit,
-)
+from bounded import bilinear_norm, chain_values, columns, norm2
+from networks import NETWORKS, flat, random_mlp, random_vit, uneven_examples
 from torch.func import jacfwd
 
 from utils.bounds import SLOPES, hessian_bounds, measured_norms
@@ -49,10 +40,10 @@ def test_every_first_derivative(name):
     """||dz/dw_g|| <= a_g of both rungs for every value z and group g; where values are used some
     are equal."""
     model = NETWORKS[name]()
-    x, y = images(7, 1)
+    x, y = uneven_examples(1, 7)
     of, data = known(model, x, y, "activations")
     _, prior = known(model, x, y, "prior")
-    w = flat_weights(model)
+    w = flat(model)
     index = columns(model, of.groups)
     J = jacfwd(lambda w: chain_values(of.chain, model, w, x[0]))(w)
     sharp = []
@@ -74,10 +65,10 @@ CURVED = ["pre mean gelu_tanh", "post mean gelu", "mlp", "heads with a mask", "c
 def test_every_second_derivative(name):
     """||d2z/dw_g dw_g'|| <= B_gg' of both rungs, for the values that linear maps read and make."""
     model = NETWORKS[name]()
-    x, y = images(7, 1)
+    x, y = uneven_examples(1, 7)
     of, data = known(model, x, y, "activations")
     _, prior = known(model, x, y, "prior")
-    w = flat_weights(model)
+    w = flat(model)
     index = columns(model, of.groups)
     made = [step.output for step in of.chain.steps if step.place.startswith(("linear", "layer_"))]
     sizes = {value: data[value].value.numel() for value in made}
@@ -126,11 +117,11 @@ def test_sizes_and_displacements_on_the_ball(name):
     """At weights of the ball, random and along one parameter alone, every value is as large and as
     far from its centre as stated at most, by both rungs."""
     model = NETWORKS[name]()
-    x, y = images(3, 1)
+    x, y = uneven_examples(1, 3)
     radius = 0.1
     of, data = known(model, x, y, "activations", radius)
     _, prior = known(model, x, y, "prior", radius)
-    w = flat_weights(model)
+    w = flat(model)
     centre = chain_values(of.chain, model, w, x[0])
     generator = torch.Generator().manual_seed(0)
     steps = [torch.randn(len(w), generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -159,7 +150,7 @@ def test_the_ball_of_radius_zero_is_the_point(name):
     """Values tend to those of the point as the radius does, grow with it, and stay below the
     prior's."""
     model = NETWORKS[name]()
-    x, y = images(1, 2)
+    x, y = uneven_examples(2, 1)
     last = hessian_bounds(model, x, y).values
     near = hessian_bounds(model, x, y, radius=1e-13).values
     torch.testing.assert_close(near, last, rtol=1e-6, atol=0)
@@ -173,7 +164,7 @@ def test_the_ball_of_radius_zero_is_the_point(name):
 def test_attention_on_the_ball_leaves_saturation():
     """Rows nearly one-hot, large keys and values: a small move of one query bias opens the rows,
     and the attention's norms grow by orders of magnitude."""
-    model = small_vit(0, d_model=2, n_heads=1, pool="mean", eps=1e-3)
+    model = random_vit(0, d_model=2, n_heads=1, pool="mean", eps=1e-3)
     attention = model.blocks[0].attention
     with torch.no_grad():
         for p in attention.parameters():
@@ -181,9 +172,9 @@ def test_attention_on_the_ball_leaves_saturation():
         attention.query.bias[0] = 3.0
         attention.key.weight[0, 0] = attention.value.weight[0, 0] = 8.0
         attention.out.weight[0, 0] = 1.0
-    x, y = images(2, 1)
+    x, y = uneven_examples(1, 2)
     of, ball = known(model, x, y, "activations", 0.3)
-    w = flat_weights(model)
+    w = flat(model)
     place = [n for n, p in model.named_parameters() for _ in range(p.numel())]
     entry = place.index("blocks.0.attention.query.bias")
     index = columns(model, of.groups)
@@ -205,8 +196,8 @@ def test_attention_on_the_ball_leaves_saturation():
 def test_connected_network_without_biases_in_closed_form():
     """(prop:connected) for ReLU without biases: the two parts as written there bound the walk's,
     which knows the product of neighbouring maps, and the first and last entries are equal."""
-    model = small_mlp(3, depth=2, activation="relu", bias=False)
-    x, y = images(3, 2)
+    model = random_mlp(3, depth=2, activation="relu", bias=False)
+    x, y = uneven_examples(2, 3)
     bound = hessian_bounds(model, x, y, rung="prior")
     W = [norm2(layer.weight.detach()) for layer in model.layers]
     for i in range(2):
@@ -221,8 +212,8 @@ def test_connected_network_without_biases_in_closed_form():
 
 def test_variance_floor():
     """With a floor that holds, the values are smaller; with one below sqrt(eps) they are equal."""
-    model = small_vit(3, 1.0, eps=1e-6, depth=2)
-    x, y = images(3, 2)
+    model = random_vit(3, 1.0, eps=1e-6, depth=2)
+    x, y = uneven_examples(2, 3)
     for rung in ("closed_form", "prior"):
         free = hessian_bounds(model, x, y, rung=rung).values
         held = hessian_bounds(model, x, y, rung=rung, variance_floor=0.1).values
@@ -236,8 +227,8 @@ def test_variance_floor():
 def test_measured_norms(names, radius):
     """No bound grows with measured norms, and those of the point are the largest of the examples;
     examples that were measured stay bounded by the sharper rung."""
-    model = small_vit(4, depth=2, eps=1e-6)
-    x, y = images(4, 4)
+    model = random_vit(4, depth=2, eps=1e-6)
+    x, y = uneven_examples(4, 4)
     found = measured_norms(model, x, radius, names)
     data = hessian_bounds(model, x, y, radius=radius)
     for (step, name), value in found.values.items():
@@ -256,9 +247,9 @@ def test_measured_norms(names, radius):
 def test_one_token_and_saturated_and_overflow():
     """One token (softmax of one number), rows saturated to one-hot, and numbers beyond float64:
     inf, never NaN."""
-    x, y = images(0, 2)
-    deep = small_vit(0, 3.0, depth=14, eps=1e-12)
-    huge = small_vit(0, 1e120)
+    x, y = uneven_examples(2, 0)
+    deep = random_vit(0, 3.0, depth=2, d_ff=5, eps=1e-80)
+    huge = random_vit(0, 1e120)
     for rung in ("closed_form", "prior"):
         assert (hessian_bounds(deep, x, y, rung=rung).values == math.inf).all()
         assert (hessian_bounds(huge, x, y, rung=rung).values == math.inf).all()
@@ -269,15 +260,15 @@ def test_one_token_and_saturated_and_overflow():
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_each_parameter_alone_large_or_zero(norm, factor):
     """Catches a norm that reads the wrong weights, or forgets a bias or the column of ones."""
-    x, y = images(4, 1)
-    names = [name for name, _ in small_vit(0, norm=norm).named_parameters()]
+    x, y = uneven_examples(1, 4)
+    names = [name for name, _ in random_vit(0, norm=norm).named_parameters()]
     for name in names:
-        model = small_vit(4, 0.7, norm=norm)
+        model = random_vit(4, 0.7, norm=norm)
         with torch.no_grad():
             model.get_parameter(name).mul_(factor)
             of, data = known(model, x, y, "activations")
             _, prior = known(model, x, y, "prior")
-            values = chain_values(of.chain, model, flat_weights(model), x[0])
+            values = chain_values(of.chain, model, flat(model), x[0])
             for value, t in values.items():
                 within(data[value], t)
                 within(prior[value], t)
@@ -287,7 +278,7 @@ def test_long_token_is_the_worst_case_of_mixing():
     """Tokens of very different length, and every query on the longest: where |O| <= ||W_V|| |X|
     fails."""
     d, heads = 8, 2
-    model = small_vit(0, 0.1, d_model=d, n_heads=heads, pool="mean", eps=1e-6)
+    model = random_vit(0, 0.1, d_model=d, n_heads=heads, pool="mean", eps=1e-6)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
@@ -303,10 +294,10 @@ def test_long_token_is_the_worst_case_of_mixing():
             attention.query.bias[h * d // heads] = 30.0
             attention.key.weight[h * d // heads, 0] = 30.0
             attention.value.weight[h * d // heads, 0] = 1.0
-    x, y = images(0, 1)
+    x, y = uneven_examples(1, 0)
     of, prior = known(model, x, y, "prior")
     _, data = known(model, x, y, "activations")
-    values = chain_values(of.chain, model, flat_weights(model), x[0])
+    values = chain_values(of.chain, model, flat(model), x[0])
     mixed = next(s for s in of.chain.steps if "softmax" in s.inputs[0]).output
     read = next(s for s in of.chain.steps if "attention.value.weight" in "".join(s.inputs)).inputs[
         0
@@ -325,8 +316,8 @@ def test_displacement_of_a_map_that_is_zero(module, norm):
     """The whole radius in one map that is zero, along the top singular vector of what it reads: its
     value moves by R ||[X 1]||, and the bound is that but for R^2."""
     R = 1e-6
-    model = small_vit(2, norm=norm, pool="mean")
-    x, y = images(2, 1)
+    model = random_vit(2, norm=norm, pool="mean")
+    x, y = uneven_examples(1, 2)
     path = f"blocks.0.{module}"
     weights = model.get_submodule(path)
     with torch.no_grad():
@@ -334,13 +325,13 @@ def test_displacement_of_a_map_that_is_zero(module, norm):
             p.zero_()
         of, data = known(model, x, y, "activations", R)
         step = next(s for s in of.chain.steps if f"{path}.weight" in s.inputs)
-        values = chain_values(of.chain, model, flat_weights(model), x[0])
+        values = chain_values(of.chain, model, flat(model), x[0])
         X = values[step.inputs[0]].reshape(-1, weights.weight.shape[1])
         X = torch.cat([X, torch.ones_like(X[:, :1])], 1)
         top = torch.linalg.svd(X).Vh[0]
         weights.weight[0] += R * top[:-1]
         weights.bias[0] += R * top[-1]
-        there = chain_values(of.chain, model, flat_weights(model), x[0])
+        there = chain_values(of.chain, model, flat(model), x[0])
         distance = float((there[step.output] - values[step.output]).norm())
     assert distance == pytest.approx(R * norm2(X), rel=1e-6)
     assert distance <= number(data[step.output].moved) * SLACK

@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
+from exact import assert_exact
+from networks import randomised
 from torch.overrides import TorchFunctionMode
-
-from tests.exact import assert_exact, randomised
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -48,9 +48,7 @@ def bert(attention):
 
 
 def gpt2(attention, kind="GPT2ForSequenceClassification"):
-    sizes = dict(
-        vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=8, num_labels=3, use_cache=False
-    )
+    sizes = dict(vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=8, num_labels=3)
     sizes |= dict(pad_token_id=0, bos_token_id=0, eos_token_id=0, attn_implementation=attention)
     return getattr(transformers, kind)(transformers.GPT2Config(**sizes))
 
@@ -63,9 +61,7 @@ def llama(attention):
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    sizes |= dict(
-        intermediate_size=6, max_position_embeddings=8, use_cache=False, pad_token_id=None
-    )
+    sizes |= dict(intermediate_size=6, max_position_embeddings=8, pad_token_id=None)
     config = transformers.LlamaConfig(**sizes, attn_implementation=attention)
     return transformers.LlamaForCausalLM(config)
 

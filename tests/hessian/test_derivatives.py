@@ -4,20 +4,8 @@ from types import MethodType
 
 import pytest
 import torch
-from reference import (
-    CASES,
-    F64,
-    TIGHT,
-    Call,
-    case,
-    close,
-    randomised,
-    reference,
-    reference_losses,
-    sample_hessians,
-    samples,
-    vit,
-)
+from exact import F64, TIGHT, close, losses_of, reference, sample_hessians
+from networks import CASES, Call, case, examples, random_vit, randomised
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,7 +26,7 @@ def test_derivatives_are_double_backward(name):
     generator = torch.Generator().manual_seed(2)
     v = torch.randn(len(g), generator=generator, dtype=F64)
 
-    close(losses.values(), reference_losses(model, x, y, loss).detach(), 1e-12)
+    close(losses.values(), losses_of(model, x, y, loss).detach(), 1e-12)
     found, gradient = losses.value_and_gradient()
     close(found, value, 1e-12)
     close(gradient, g)
@@ -112,7 +100,7 @@ def test_layer_norm_trap():
     def value(w):
         parts = w.split([s.numel() for s in shapes.values()])
         point = {n: t.reshape(s) for t, (n, s) in zip(parts, shapes.items(), strict=True)}
-        return reference_losses(lambda x: functional_call(model, point, (x,)), x, y, loss).mean()
+        return losses_of(lambda x: functional_call(model, point, (x,)), x, y, loss).mean()
 
     _, _, H = reference(model, x, y, loss)
     with sdpa_kernel(SDPBackend.MATH):
@@ -127,11 +115,11 @@ def test_functions_by_name_and_options():
     """The named functions are the class's methods; float32 and integer inputs are taken as they
     come.
     """
-    model, x, y, loss = case("vit-post-cls-tanh")
+    model, x, y, loss = case("pre mean gelu_tanh")
     V = torch.ones(len(x), Losses(model, x, y).P, dtype=F64)
     H = sample_hessians(model, x[:2], y[:2], loss)
     close(per_sample_hessian_vector_product(model, x, y, V, loss)[:2], H.sum(2))
-    close(per_sample_losses(model, x, y, loss), reference_losses(model, x, y, loss).detach())
+    close(per_sample_losses(model, x, y, loss), losses_of(model, x, y, loss).detach())
     # float32 inputs: computed in float64 on the rounded values
     single = per_sample_losses(model, x.float(), y, loss)
     assert single.dtype == F64
@@ -154,9 +142,7 @@ def test_functions_by_name_and_options():
     close(dense_hessian(tokens, ids, y), reference(tokens, ids, y, "cross_entropy")[2])
 
 
-@pytest.mark.parametrize(
-    "name", ["vit-pre-cls-gelu-depth2", "vit-post-mean-gelu-depth2-mse", "mlp"]
-)
+@pytest.mark.parametrize("name", ["pre cls gelu", "post mean gelu mse", "mlp"])
 def test_both_engines_give_the_same(name):
     """The chain, and automatic differentiation of the same network with the chain put aside."""
     model, x, y, loss = case(name)
@@ -173,7 +159,7 @@ def test_both_engines_give_the_same(name):
 def test_a_changed_network_is_read_anew():
     """A replaced layer, a patched forward, a parametrisation: the chain is another, the answer
     right."""
-    x, y = samples()
+    x, y = examples()
 
     class Doubled(nn.Linear):
         def forward(self, z):
@@ -191,7 +177,7 @@ def test_a_changed_network_is_read_anew():
         )
 
     for change in (replaced, patched, parametrised):
-        model = randomised(vit(), 2)
+        model = random_vit(2)
         before = Losses(model, x, y).chain
         change(model)
         assert Losses(model, x, y).chain is not before

@@ -6,11 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import F64, Hidden, diagonal, never, norms_of, sample_hessians, samples
+from exact import F64, norms_of, sample_hessians
+from networks import Hidden, examples
 
 from utils.hessian import Losses, per_sample_hessian_norms
 from utils.hessian.lanczos import certified_upper, lanczos, lanczos_epsilon, uniform_start
 from utils.hessian.norms import operator_norm
+
+
+def diagonal(values):
+    values = torch.as_tensor(values, dtype=F64)
+    return lambda v, rows, out: v * values
+
+
+def never(ritz, steps):
+    return torch.zeros_like(ritz.value, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_a_chosen_start_certifies_nothing():
     assert found["fair"][0] <= 1 + 1e-12 and 1 <= found["fair"][1] < 1.1
     # the same on a network: the gradient is blind, and only the random start of `certify` is
     # allowed an upper end
-    model, (x, y) = Hidden().double(), samples(n=3)
+    model, (x, y) = Hidden().double(), examples(3)
     exact = norms_of(sample_hessians(model, x, y))
     losses = Losses(model, x, y)
     ritz = lanczos(

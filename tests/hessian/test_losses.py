@@ -5,19 +5,8 @@ import math
 
 import pytest
 import torch
-from reference import (
-    CASES,
-    F64,
-    Call,
-    Fused,
-    case,
-    close,
-    norms_of,
-    randomised,
-    reference,
-    samples,
-    vit,
-)
+from exact import F64, close, norms_of, reference
+from networks import CASES, Call, Fused, case, examples, random_vit, randomised, tiny_vit
 from refusal import refused
 from torch import nn
 from torch.nn import functional as F
@@ -57,7 +46,7 @@ def test_operations_are_those_of_torch(name):
 
 
 def test_parameter_patterns():
-    model, x, y, loss = case("vit-pre-cls-gelu-depth2")
+    model, x, y, loss = case("pre cls gelu")
     names = [n for n, _ in model.named_parameters()]
     _, g, H = reference(model, x, y, loss)
     owner = torch.cat(
@@ -98,7 +87,7 @@ def test_parameter_patterns():
 
 
 def test_chunks_follow_the_memory_budget():
-    model, x, y, loss = case("vit-pre-cls-gelu-depth2")
+    model, x, y, loss = case("pre cls gelu")
     values = []
     for memory in (2**30, 2**20, 1):
         losses = Losses(model, x, y, loss, memory=memory)
@@ -115,7 +104,7 @@ def test_only_on_a_cpu_has_a_chunk_a_size_of_its_own(monkeypatch):
     """Elsewhere all samples go together, as far as the budget goes; a tensor without storage stands
     for a GPU's.
     """
-    model, x, y, loss = case("vit-pre-cls-gelu-depth2")
+    model, x, y, loss = case("pre cls gelu")
     x, y = torch.cat([x] * 100), torch.cat([y] * 100)
     roomy, tight = (Losses(model, x, y, loss, memory=memory) for memory in (2**40, 2**22))
     assert roomy.chunk(3) == 64 and roomy.chunk(0, 128) == 128
@@ -177,30 +166,30 @@ def test_frozen_parameters_are_coordinates_like_any_other():
 def test_parameters_that_the_loss_does_not_use():
     """Zero rows and columns, in both engines: the norm is that of the rest."""
     model, x, y, loss = case("fused")
-    norm = per_sample_hessian_norms(model, x, y, loss).value
+    norm = per_sample_hessian_norms(model, x, y, loss, tolerance=1e-6).value
     model.idle = nn.Linear(3, 3).double()
-    close(per_sample_hessian_norms(model, x, y, loss).value, norm, 1e-9)
+    close(per_sample_hessian_norms(model, x, y, loss, tolerance=1e-6).value, norm, 1e-9)
     H = dense_hessian(model, x, y, loss)
     assert not H[-12:].any() and not H[:, -12:].any()
     # the key bias of our own attention has no influence: softmax ignores constants in its rows
-    own, x, y, loss = case("vit-pre-mean-relu")
+    own, x, y, loss = case("post cls relu")
     only = per_sample_hessian_norms(own, x, y, loss, parameters=["*.key.bias"])
     assert (only.value <= 1e-12 * per_sample_hessian_norms(own, x, y, loss).value).all()
     assert per_sample_hessian_norms(model, x, y, parameters=["idle.*"]).value.tolist() == [0.0] * 5
 
 
 def test_one_class_has_no_curvature():
-    x, y = samples(K=1)
-    for model in (randomised(vit(n_classes=1), 1), randomised(Fused(K=1), 1)):
+    x, y = examples(n_classes=1)
+    for model in (random_vit(1, n_classes=1), randomised(Fused(1), 1)):
         for certify in (False, True):
             found = per_sample_hessian_norms(model, x, y, certify=certify)
             assert found.value.abs().max() <= 1e-12 and found.converged.all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("make", [vit, Fused])
+@pytest.mark.parametrize("make", [tiny_vit, Fused])
 def test_weights_that_are_no_numbers_are_refused(make, value):
-    model, (x, y) = make().double(), samples()
+    model, (x, y) = make().double(), examples()
     with torch.no_grad():
         model.head.weight[0, 0] = value
     for call in (
@@ -227,7 +216,6 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize(
     "before, after, words",
     [
-        (nn.Dropout(0.1), None, ("before", "dropout", "0.1")),
         (nn.BatchNorm1d(16), None, ("before", "batch statistics")),
         (Call(lambda x: x + 0.1 * torch.randn_like(x)), None, ("two outputs",)),
         (Call(lambda x: F.dropout(x, 0.5, training=True)), None, ("two outputs",)),
@@ -239,7 +227,7 @@ class Wrapped(nn.Module):
     ],
 )
 def test_random_and_batch_dependent_models_are_refused(before, after, words):
-    model, (x, y) = Wrapped(before, after).double(), samples()
+    model, (x, y) = Wrapped(before, after).double(), examples()
     v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=F64)
     for call in (
         lambda: per_sample_losses(model, x, y),
@@ -251,7 +239,7 @@ def test_random_and_batch_dependent_models_are_refused(before, after, words):
 
 
 def test_arguments_that_make_no_sense():
-    model, (x, y) = Wrapped(nn.Dropout(0.0)).double(), samples()
+    model, (x, y) = Wrapped(nn.Dropout(0.0)).double(), examples()
     assert per_sample_losses(model, x, y).shape == (5,)  # dropout that drops nothing is fine
     refused(lambda: per_sample_losses(model, x, y[:3]), "5", "3")
     refused(lambda: per_sample_losses(model, x[:0], y[:0]), "0")
@@ -278,7 +266,7 @@ def test_names_are_taken_literally_before_they_are_patterns():
 
 
 def test_arrays_of_numpy_and_lists_are_taken():
-    model, (x, y) = Wrapped(nn.Identity()).double(), samples()
+    model, (x, y) = Wrapped(nn.Identity()).double(), examples()
     expected = per_sample_losses(model, x, y)
     for labels in (y.numpy(), y.tolist(), y.numpy().astype("uint8"), y.to(torch.int32)):
         assert torch.equal(per_sample_losses(model, x.numpy(), labels), expected)
@@ -294,6 +282,6 @@ def test_a_parameter_without_axes_is_a_coordinate():
         def forward(self, x):
             return self.scale.exp() * self.head(x.flatten(1))
 
-    model, (x, y) = Temperature().double(), samples()
+    model, (x, y) = Temperature().double(), examples()
     close(dense_hessian(model, x, y), reference(model, x, y, "cross_entropy")[2])
     assert hessian_norm(model, x, y).converged

@@ -11,65 +11,26 @@ import math
 import warnings
 import weakref
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from exact import F64
+from networks import Fused, examples, random_mlp, random_vit, randomised, tiny_encoder
 from pyhessian import hessian
 from refusal import refused
 from torch import nn
-from torch.nn import functional as F
 
 from utils.hessian import Losses
 from utils.hessian import pyhessian as adapter
 from utils.hessian.derivatives import dense_hessian
-from utils.networks import build_model
 from utils.networks.losses import logits, loss_from_logits
+from utils.run.streams import torch_seed
 
-F64 = torch.float64
 DEFAULTS = dict(
     tolerance=1e-3, max_iterations=100, starts=1, rescale=False
 )  # what PyHessian takes by itself
-
-
-def randomised(model, seed, scale=0.8):
-    """Every parameter random, LayerNorm's weights about 1: no term of a derivative is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.double().named_parameters():
-            offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            p.copy_(offset + scale * torch.randn(p.shape, generator=generator, dtype=F64))
-    return model
-
-
-def vit(seed=1, **sizes):
-    small = dict(
-        image_size=4,
-        channels=1,
-        patch_size=2,
-        n_classes=3,
-        depth=1,
-        n_heads=2,
-        d_model=4,
-        d_ff=4,
-        eps=1e-2,
-    )
-    return randomised(build_model("vit", **(small | sizes)), seed)
-
-
-def mlp(seed=1):
-    return randomised(
-        build_model("mlp", d_in=16, width=4, depth=1, n_classes=3, activation="gelu"), seed
-    )
-
-
-def samples(seed=0, n=5, K=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 1, 4, 4, generator=generator, dtype=F64), torch.randint(
-        0, K, (n,), generator=generator
-    )
 
 
 class Unused(nn.Module):
@@ -81,32 +42,6 @@ class Unused(nn.Module):
 
     def forward(self, x):
         return self.head(x.flatten(1))
-
-
-class Fused(nn.Module):
-    """One head of fused attention over the rows of the image."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x[:, :1]).chunk(3, -1)  # (B, 1, 4, 4)
-        return self.head(F.scaled_dot_product_attention(q, k, v)[:, 0].mean(1))
-
-
-class Encoder(nn.Module):
-    """torch's own encoder layer, and logits as an attribute of the output."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.TransformerEncoderLayer(
-            4, 2, 5, dropout=0.0, activation="gelu", batch_first=True
-        )
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return SimpleNamespace(logits=self.head(self.encoder(x[:, 0]).mean(1)))
 
 
 class Sum(nn.Module):
@@ -159,8 +94,11 @@ class Watched(nn.Module):
         return [graph() is not None for graph in cls.graphs]
 
 
+OWN_SEED = torch_seed("pyhessian", 0)
+
+
 @contextmanager
-def alone(dtype=F64, eig=None, seed=adapter.STREAM):
+def alone(dtype=F64, eig=None, seed=OWN_SEED):
     """A place to run PyHessian: default dtype, seed and perhaps a `torch.eig`, put back
     afterwards."""
     default = torch.get_default_dtype()
@@ -212,7 +150,7 @@ def norm_of(H):
 def rademacher(losses, probes, seed=0):
     """The probes (probes, P) that PyHessian draws for the parameters of `losses`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(adapter.STREAM + seed)
+        torch.manual_seed(torch_seed("pyhessian", seed))
         signs = [
             [torch.randint_like(t, high=2) * 2 - 1 for t in losses.point.values()]
             for _ in range(probes)
@@ -252,9 +190,9 @@ def check(model, x, y, loss="cross_entropy", parameters=None, seed=0):
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-@pytest.mark.parametrize("make", [vit, mlp])
+@pytest.mark.parametrize("make", [random_vit, random_mlp])
 def test_against_dense_hessians(make, loss):
-    model, (x, y) = make(), samples()
+    model, (x, y) = make(1), examples()
     check(model, x, y, loss)
     check(model, x, y, loss, seed=5)
 
@@ -268,7 +206,7 @@ def test_trap_1_eigenvalues_stop_early_and_say_nothing():
     """On single samples the default rule leaves errors beyond its tolerance; the adapter's residual
     tells them.
     """
-    model, (x, y) = vit(depth=2), samples(4, n=8)
+    model, (x, y) = random_vit(1, depth=2), examples(8, 4)
     internals, product = importlib.import_module("pyhessian.hessian"), "hessian_vector_product"
     for i in (4, 7):
         one = x[i : i + 1], y[i : i + 1]
@@ -308,11 +246,11 @@ def test_trap_1_opposite_ends():
         7,
         1e-2,
     )
-    x, y = samples()
+    x, y = examples()
     H = dense_hessian(model, x, y)
     ends = spectrum(H)[[0, -1]]
     assert (ends.sum() / ends[1]).abs() < 0.05
-    with alone(seed=adapter.STREAM + 2):
+    with alone(seed=torch_seed("pyhessian", 2)):
         theirs = pyhessian(model, x, y)
         values, vectors = zip(*(theirs.eigenvalues() for _ in range(5)))
     assert abs(values[0][0]) < 0.9 * norm_of(H)
@@ -339,7 +277,7 @@ def test_trap_1_opposite_ends():
 def test_trap_2_absolute_floors(scale, rule, share):
     """Inputs of size `scale` give a Hessian of size scale^2: 1e-8, and 1e-12."""
     model = randomised(nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False)), 1)
-    x, y = samples(K=2)
+    x, y = examples(n_classes=2)
     H = dense_hessian(model, scale * x, y)
     assert 0.1 < norm_of(H) / scale**2 < 10
     with alone():
@@ -357,7 +295,7 @@ def test_trap_2_absolute_floors(scale, rule, share):
 
 def test_trap_2_floors_in_the_quadrature():
     """A short Lanczos vector for each small beta: moments off by 1e-5, on an operator of norm 1."""
-    model, (x, y) = vit(), samples()
+    model, (x, y) = random_vit(1), examples()
     losses, H = Losses(model, x, y), dense_hessian(model, x, y)
     factor = 2.0 ** -math.frexp(norm_of(H))[1]
     with alone(eig=plain_eig):
@@ -373,7 +311,7 @@ def test_trap_2_floors_in_the_quadrature():
 
 
 def test_trap_3_torch_eig_is_gone():
-    model, (x, y) = vit(), samples()
+    model, (x, y) = random_vit(1), examples()
     with alone(), pytest.raises(RuntimeError, match="removed"):
         pyhessian(model, x, y).density(iter=5)
     removed, losses = torch.eig, Losses(model, x, y)
@@ -387,7 +325,7 @@ def test_trap_3_torch_eig_is_gone():
 
 @pytest.mark.slow
 def test_trap_4_a_negative_trace_stops_at_two_probes():
-    model, (x, y) = vit(4), samples()
+    model, (x, y) = random_vit(4), examples()
     losses, exact = Losses(model, x, y), dense_hessian(model, x, y).trace().item()
     assert exact < 0
     with alone():
@@ -401,7 +339,7 @@ def test_trap_4_a_negative_trace_stops_at_two_probes():
 @pytest.mark.slow
 def test_trap_5_gradients_left_behind_are_added():
     """The object of a second batch has the sum of both batches' Hessians."""
-    model, (x, y) = vit(pool="mean"), samples(n=6)
+    model, (x, y) = random_vit(1, pool="mean"), examples(6)
     H = [dense_hessian(model, x[i : i + 2], y[i : i + 2]) for i in (0, 2)]
     with alone():
         first = pyhessian(model, x[:2], y[:2])
@@ -428,7 +366,7 @@ def test_trap_6_the_graph_is_kept():
     """Built and dropped, PyHessian leaves its graph in a cycle with .grad; not even the model's end
     frees it.
     """
-    model, (x, y) = Watched(vit()), samples()
+    model, (x, y) = Watched(random_vit(1)), examples()
     Watched.graphs.clear()
     with alone():
         pyhessian(model, x, y)
@@ -441,14 +379,14 @@ def test_trap_6_the_graph_is_kept():
     del model
     assert Watched.alive() == [True]
 
-    losses = Losses(Watched(vit()), x, y)
+    losses = Losses(Watched(random_vit(1)), x, y)
     Watched.graphs.clear()
     with warnings.catch_warnings(), warned_always():
         warnings.simplefilter(
             "error"
         )  # torch warns of the cycle, and of the adapter it has nothing to say
         with pytest.raises(UserWarning, match="create_graph=True"):
-            pyhessian(vit(), x, y)
+            pyhessian(random_vit(1), x, y)
         adapter.eigenvalue(losses)
         adapter.trace(losses, probes=2)
         adapter.density(losses, probes=1, steps=3)
@@ -461,15 +399,15 @@ def test_trap_6_the_graph_is_kept():
 
 
 def test_trap_7_parameters_without_influence():
-    model, (x, y) = randomised(Unused(), 2), samples()
+    model, (x, y) = randomised(Unused(), 2), examples()
     with alone(), pytest.raises(AssertionError, match="Expected output to be a"):
         pyhessian(model, x, y).eigenvalues()
     check(model, x, y)
 
 
-@pytest.mark.parametrize("make", [Fused, Encoder])
+@pytest.mark.parametrize("make", [Fused, tiny_encoder])
 def test_trap_8_fused_attention(make):
-    model, (x, y) = randomised(make(), 1), samples()
+    model, (x, y) = randomised(make(), 1), examples()
     with alone(), pytest.raises(RuntimeError, match=r"derivative .* not implemented"):
         pyhessian(model, x, y).eigenvalues()
     check(model, x, y)
@@ -477,7 +415,7 @@ def test_trap_8_fused_attention(make):
 
 
 def test_trap_9_products_that_share_memory():
-    x, y = samples()
+    x, y = examples()
     model = randomised(Sum(), 1)
     with alone(eig=plain_eig):
         nodes, _ = pyhessian(model, x, y).density(iter=8)
@@ -491,7 +429,7 @@ def test_trap_9_products_that_share_memory():
 
 @pytest.mark.slow
 def test_trap_10_default_dtype_and_global_generator():
-    model, (x, y) = vit(), samples()
+    model, (x, y) = random_vit(1), examples()
     with alone(dtype=torch.float32, eig=plain_eig):
         theirs = pyhessian(model, x, y)
         states = [torch.get_rng_state()]
@@ -516,7 +454,7 @@ def test_trap_10_default_dtype_and_global_generator():
 
 def test_trap_11_lanczos_goes_on_in_an_exhausted_space():
     """Nodes outside the spectrum, of weight zero; the adapter has none."""
-    model, (x, y) = mlp(), samples()
+    model, (x, y) = random_mlp(2, bias=False), examples(1)
     losses, ends = Losses(model, x, y), spectrum(dense_hessian(model, x, y))[[0, -1]]
     with alone(eig=plain_eig):
         nodes, weights = map(np.array, pyhessian(model, x, y).density(iter=losses.P))
@@ -535,7 +473,7 @@ def test_trap_11_lanczos_goes_on_in_an_exhausted_space():
 
 @pytest.mark.slow
 def test_a_subset_of_the_parameters():
-    model, (x, y) = vit(depth=2), samples()
+    model, (x, y) = random_vit(1, depth=2), examples()
     for patterns in (["head.*"], ["*.query.*", "pos"], ["blocks.1.mlp.fc2.bias"]):
         check(model, x, y, parameters=patterns)
 
@@ -543,7 +481,7 @@ def test_a_subset_of_the_parameters():
 def test_no_curvature():
     """A Hessian of zeros: value and residual are 0, and all the weight is at 0."""
     losses = Losses(
-        nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False)), 0 * samples()[0], samples()[1]
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False)), 0 * examples()[0], examples()[1]
     )
     for options in ({}, DEFAULTS):
         found = adapter.eigenvalue(losses, **options)
@@ -555,7 +493,7 @@ def test_no_curvature():
 
 @pytest.mark.parametrize("fails", [None, "eigenvalues", "trace", "density", "__init__"])
 def test_everything_is_put_back(fails, monkeypatch):
-    model, (x, y) = vit(), samples()
+    model, (x, y) = random_vit(1), examples()
     losses = Losses(model, x.requires_grad_(), y, parameters=["head.*", "blocks.*"])
     for p in losses.model.parameters():
         p.grad = torch.full_like(p, 3.0)
@@ -597,7 +535,7 @@ def test_everything_is_put_back(fails, monkeypatch):
 @pytest.mark.slow
 def test_single_precision():
     """A model in float32 is worked on in float32."""
-    model, (x, y) = vit(), samples()
+    model, (x, y) = random_vit(1), examples()
     losses, H = Losses(model, x, y, dtype=torch.float32), dense_hessian(model, x, y)
     found = adapter.eigenvalue(losses)
     assert found.value == pytest.approx(norm_of(H), rel=1e-4) and found.value != norm_of(H)
@@ -607,7 +545,7 @@ def test_single_precision():
 
 
 def test_arguments_that_make_no_sense():
-    losses = Losses(mlp(), *samples())
+    losses = Losses(random_mlp(1, bias=False), *examples())
     refused(lambda: adapter.eigenvalue(losses, starts=0), "0 starts")
     refused(lambda: adapter.eigenvalue(losses, max_iterations=0), "0 iterations")
     refused(lambda: adapter.trace(losses, probes=1), "1 probes")

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import F64, Fused, Hidden, case, reference
+from exact import F64, reference
+from networks import Fused, Hidden, case
 from refusal import refused
 from torch import nn
 
@@ -41,7 +42,7 @@ def test_hutch_plus_plus_beats_hutchinson_where_few_eigenvalues_rule():
     """Unbiased over seeds, its standard error is its spread, and it is smaller at the same number
     of products.
     """
-    model, x, y, loss = case("vit-pre-cls-gelu-depth2")
+    model, x, y, loss = case("pre cls gelu")
     exact = reference(model, x, y, loss)[2].trace().item()
     spread = {}
     for estimator in ("hutchinson", "hutch++"):
@@ -97,7 +98,7 @@ def test_spectral_density_counts_the_eigenvalues():
 
 
 def test_block_norms_are_those_of_the_dense_blocks():
-    model, x, y, loss = case("vit-pre-cls-gelu-depth2")
+    model, x, y, loss = case("pre cls gelu")
     H = reference(model, x, y, loss)[2]
     groups = parameter_groups(model)
     assert (

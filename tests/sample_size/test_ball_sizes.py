@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from pilots import linear_pilot, tiny_vit
+from networks import linear_pilot, vit_pilot
 
 from utils.bounds import hessian_bounds
 from utils.hessian import Losses, per_sample_gradients
@@ -60,7 +60,7 @@ def test_ball_and_excess_answers():
     )
     assert required_samples(model, x, y, 0.1, 0.05, 0.9, "excess", gap=0.1).verdict == "cannot tell"
     # by a rung: no remainder, a term that does not fall
-    vit, u, v = tiny_vit(300)
+    vit, u, v = vit_pilot(300, eps=0.1)
     sure = required_samples(vit, u, v, 1.0, 1e-4, 0.9, "ball", rung="activations")
     M = hessian_bounds(vit, u, v, rung="activations", radius=1e-4).values
     assert sure.terms["moment"] == pytest.approx(float(M.square().mean().sqrt()), rel=1e-9)

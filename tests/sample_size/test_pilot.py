@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from pilots import linear_pilot, tiny_vit
+from networks import linear_pilot, vit_pilot
 from refusal import refused
 
 from utils.hessian import Losses
@@ -150,7 +150,7 @@ def test_bad_arguments():
 
 
 def test_model_is_left_alone():
-    model, x, y = tiny_vit()
+    model, x, y = vit_pilot()
     model.train()
     before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     required_samples(model, x, y, 0.1, radius=0.1)
@@ -163,7 +163,7 @@ def test_model_is_left_alone():
 
 def test_each_part_is_measured_once(monkeypatch):
     """Questions after the first cost no forward pass, gradient, product or bound."""
-    model, x, y = tiny_vit(40)
+    model, x, y = vit_pilot(40)
     measured = pilot(model, x, y, radius=0.05, ball=0.01, n_probes=3)
     taus = (0.1, 1.0)
 
@@ -184,7 +184,7 @@ def test_each_part_is_measured_once(monkeypatch):
 
 
 def test_a_pilot_answers_as_required_samples_does():
-    model, x, y = tiny_vit(40)
+    model, x, y = vit_pilot(40)
     settings = {"fitted_on": x[:1], "kurtosis": 6.0, "n_probes": 3, "seed": 2}
     measured = pilot(model, x, y, radius=0.05, ball=0.05, **settings)
     more = {"excess": {"gap": 0.01, "remainder": 0.02}, "surface": {"ceiling": 30.0}}

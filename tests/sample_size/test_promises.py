@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from pilots import linear_pilot, tiny_vit
+from networks import linear_pilot, vit_pilot
 from scipy.stats import beta
 
 from utils.sample_size import baselines, exceedance, k_surface, pilot, true_size
@@ -58,8 +58,8 @@ def test_true_size_by_the_gaussian_limit():
 
 def test_tables_of_a_pilot_against_a_held_out_pool():
     """Every row by the function that it is named for."""
-    model, x, y = tiny_vit(200)
-    _, x_held, y_held = tiny_vit(150, seed=1)
+    model, x, y = vit_pilot(200)
+    _, x_held, y_held = vit_pilot(150, seed=1)
     measured = pilot(model, x, y, radius=0.05, n_probes=2)
     held = pilot(model, x_held, y_held, radius=0.05, n_probes=2).surface_losses
     tau = 0.1

@@ -10,14 +10,27 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pilots import Summed, linear_pilot, tiny_vit
+from networks import linear_pilot, vit_pilot
 from refusal import refused
+from torch import nn
 
 from utils.bounds import hessian_bounds, loss_upper_bound
 from utils.hessian import Losses, per_sample_gradients
 from utils.sample_size import pilot, required_samples
 from utils.sample_size.step import gradient_distance, k_step, next_step, worst_range
 from utils.surface.probes import neighbourhood, probe_losses
+
+
+class Summed(nn.Module):
+    """With an operator that no bound knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(x).exp().cumsum(-1).cumprod(-1)
+
 
 FRACTIONS = st.integers(-1000, 1000).map(lambda i: i / 64)
 NUMBERS = st.one_of(FRACTIONS, st.sampled_from([0.0, 1.0, -1.0]))
@@ -75,7 +88,7 @@ def range_at(model, x, y, radius):
 
 @pytest.mark.parametrize("radius", [0.0, 0.02])
 def test_worst_range_by_pairs(radius):
-    model, x, y = tiny_vit()
+    model, x, y = vit_pilot()
     losses = Losses(model, x, y)
     values, g = losses.values(), per_sample_gradients(model, x, y)
     parts = range_at(model, x, y, radius)
@@ -113,7 +126,7 @@ def test_worst_range_of_nearly_equal_gradients():
 
 
 def test_step_verdicts_and_ceiling():
-    model, x, y = tiny_vit(60)
+    model, x, y = vit_pilot(60)
     losses = Losses(model, x, y)
     values = losses.values().numpy()
     for radius in (0.0, 0.01):
@@ -144,7 +157,7 @@ def test_step_verdicts_and_ceiling():
 
 def test_upper_end_of_the_step_holds_for_samples_not_in_the_pilot():
     """Large logits: no image moves the mean of k images by more than ceiling / (k + 1)."""
-    model, x, y = tiny_vit(30, pool="mean")
+    model, x, y = vit_pilot(30, seed=2, pool="mean")
     with torch.no_grad():
         model.head.weight *= 8
     new, labels = 50 * torch.randn(500, 1, 4, 4), torch.arange(500) % 3

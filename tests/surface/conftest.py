@@ -5,10 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from networks import examples, images, labels, tiny_linear, tiny_vit
 
 from utils.hessian import Losses
-from utils.networks import build_model
 
 
 @pytest.fixture(scope="session")
@@ -20,34 +19,17 @@ def all_orders():
 @pytest.fixture(scope="session")
 def vit_losses():
     """(n, seed) -> losses of a tiny ViT."""
-
-    def build(n=40, seed=0):
-        torch.manual_seed(seed)
-        sizes = {"image_size": 4, "channels": 1, "patch_size": 2, "n_classes": 3}
-        model = build_model("vit", **sizes, depth=1, n_heads=2, d_model=4, d_ff=4)
-        return Losses(model, torch.randn(n, 1, 4, 4), torch.randint(0, 3, (n,)))
-
-    return build
-
-
-class Linear(nn.Module):
-    """Quadratic in its weights under mse."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.head(x)
+    return lambda n=40, seed=0: Losses(tiny_vit(seed), *examples(n, seed))
 
 
 @pytest.fixture(scope="session")
 def linear_losses():
-    """(n, seed) -> losses of a linear network."""
+    """(n, seed) -> losses of a linear network, quadratic in its weights, on inputs of different
+    size."""
 
     def build(n=12, seed=0):
-        torch.manual_seed(seed)
-        x = torch.randn(n, 3) * torch.rand(n, 1) * 3
-        return Losses(Linear(), x, torch.randint(0, 2, (n,)), "mse")
+        x = images(n, channels=3, side=1, seed=seed).flatten(1)
+        x = x * torch.linspace(0.1, 3, n, dtype=torch.float64)[:, None]
+        return Losses(tiny_linear(seed, d_in=3, n_classes=2), x, labels(n, 2), "mse")
 
     return build

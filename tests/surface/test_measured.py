@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.surface.identities import (
@@ -29,6 +29,7 @@ NUMBERS = st.one_of(
 )
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.lists(NUMBERS, min_size=5, max_size=5), min_size=1, max_size=3),
     st.integers(0, 2**32 - 1),

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from pilots import tiny_vit
+from networks import vit_pilot
 from torch import nn
 
 from utils.hessian import Losses
@@ -33,7 +33,7 @@ def test_probes_lie_uniformly_in_the_ball():
 
 
 def test_probe_losses():
-    model, x, y = tiny_vit(depth=1)
+    model, x, y = vit_pilot(depth=1)
     losses = Losses(model, x, y)
     probes = neighbourhood(losses.w, 0.5, 3)
     values = probe_losses(losses, probes)
@@ -48,7 +48,7 @@ def test_probe_losses():
 
 def test_label_ceiling():
     """Every labelling stays below it at every probe, and one attains it."""
-    model, x, y = tiny_vit(9)
+    model, x, y = vit_pilot(9)
     losses = Losses(model, x, y)
     probes = neighbourhood(losses.w, 0.3, 3)
     ceiling = label_ceiling(losses, probes, 3)

@@ -4,26 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from networks import tiny_vit
 
 from utils.hessian import Losses
 from utils.hessian.derivatives import dense_hessian
-from utils.networks import build_model
 from utils.networks.training import stopping_rule, train
 from utils.surface.ball import difference_on_ball
 from utils.surface.retraining import excess_in_ball, projected_descent, retrain, retrain_from_seeds
 
 
 def fresh():
-    torch.manual_seed(5)
-    sizes = {
-        "image_size": 4,
-        "channels": 1,
-        "patch_size": 2,
-        "n_classes": 3,
-        "depth": 1,
-        "n_heads": 2,
-    }
-    return build_model("vit", **sizes, d_model=4, d_ff=4)
+    return tiny_vit(5).float()
 
 
 def test_retraining_is_training_to_the_stationarity_of_the_limit():

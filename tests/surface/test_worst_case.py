@@ -130,7 +130,7 @@ def test_quadratic_model_is_exact(linear_losses):
 def test_worst_case_bound_by_enumeration(linear_losses, radius):
     """E sup over the ball of |L_k - L_n| <= B sqrt(1/k - 1/n) for quadratic losses, over all
     orders of 5."""
-    losses = linear_losses(5, seed=3)
+    losses = linear_losses(5, seed=4)
     B = spreads(losses, basis=torch.eye(losses.P, dtype=torch.float64)).ball(radius)
     for k in (1, 2, 4):
         subsets = list(
@@ -168,7 +168,7 @@ def test_tail_over_the_ball_by_enumeration(linear_losses, all_orders, radius):
     """At most the share delta of all orders of 5 leaves B sqrt((1/k - 1/n)/delta) at some k' >=
     k, in a quadratic model (eq:ball-tail without remainder); the tolerance of S alone is left
     more often on the larger ball."""
-    losses = linear_losses(5, seed=3)
+    losses = linear_losses(5, seed=4)
     spread = spreads(losses, basis=torch.eye(losses.P, dtype=torch.float64))
     found = distances_on_ball(losses, all_orders(5), [1, 2, 3, 4], radius, steps=8)
     assert found.shape == (120, 5) and np.abs(found[:, -1]).max() < 1e-12

@@ -16,6 +16,7 @@ from utils.calculus.nodes.arrays import unit
 from utils.calculus.tape import Named, Tape
 from utils.hessian.coordinates import Coordinates
 from utils.hessian.lanczos import lanczos, lanczos_epsilon
+from utils.run.streams import generator
 
 MEMORY = 2**31  # of the working arrays [bytes]
 ACTIVATIONS = 6  # arrays for each value during a walk
@@ -76,8 +77,8 @@ def uniform(P: int, seed: int) -> Tensor:
     P     coordinates
     seed  of the stream
     """
-    generator = torch.Generator().manual_seed(0x5EED_0F_1A7C05 + seed)
-    return torch.randn(1, P, generator=generator, dtype=torch.float64)
+    stream = generator("lanczos start", seed)
+    return torch.randn(1, P, generator=stream, dtype=torch.float64)
 
 
 class Majorants(Coordinates):

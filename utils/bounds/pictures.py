@@ -13,6 +13,7 @@ from matplotlib.ticker import NullFormatter
 
 from utils.figures import ROLES
 from utils.hessian import blocks as blocks_of_hessian
+from utils.run.streams import numpy_generator
 
 STYLES = {
     "closed_form": ROLES["closed form"],
@@ -193,7 +194,7 @@ def misfit_power(norms: pd.DataFrame, seed: int) -> tuple[float, float, float]:
     2.0
     """
     logs = np.log(norms[["q", "value"]].to_numpy())
-    draws = np.random.default_rng(seed).integers(len(logs), size=(400, len(logs)))
+    draws = numpy_generator("misfit", seed).integers(len(logs), size=(400, len(logs)))
     slopes = [np.polyfit(logs[draw, 0], logs[draw, 1], 1)[0] for draw in draws]
     low, power, high = np.quantile(slopes, [0.025, 0.5, 0.975])
     return float(low), float(power), float(high)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.calculus.chain import Chain, read_chain
-from utils.calculus.nodes.loss import IGNORED
 from utils.calculus.tape import Tape
 from utils.hessian.coordinates import select_parameters
-from utils.networks.contract import prepared_copy
+from utils.networks.contract import check_labels, prepared_copy
 from utils.networks.losses import check_loss, logits
 
 ROUNDING = 1 + 1e-10  # covers that of sums of products of nonnegative numbers
@@ -103,7 +102,7 @@ def subject(
     chain = read_chain(twin, x)
     with torch.no_grad():
         output = logits(twin, x[:1])
-    _check_labels(y, output.shape, loss)
+    check_labels(y, output.shape, loss)
     names = [name for name, _ in twin.named_parameters()]
     tape = tape_of(twin, chain, x[:1], y[:1], loss, names)
     if not torch.allclose(tape.values[chain.output], output, rtol=1e-6, atol=1e-9, equal_nan=True):
@@ -121,27 +120,6 @@ def subject(
         size=max(math.prod(t.shape[1:]) * t.shape[-1] for t in values),
         total=sum(math.prod(t.shape[1:]) for t in values),
     )
-
-
-def _check_labels(y: Tensor, shape: torch.Size, loss: str) -> None:
-    classes = shape[-1]
-    if y.is_floating_point() and loss == "mse":
-        if math.prod(y.shape[1:]) != math.prod(shape[1:]):
-            raise ValueError(
-                f"The targets have shape {tuple(y.shape)}, the output {tuple(shape)}: "
-                "give one target for each number of the output."
-            )
-        return
-    if y.is_floating_point() or math.prod(y.shape[1:]) != math.prod(shape[1:-1]):
-        raise ValueError(
-            f"y has shape {tuple(y.shape)} and type {y.dtype}: give one integer label for each row "
-            "of logits."
-        )
-    counted = y[y != IGNORED] if y.ndim > 1 else y
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
-        raise ValueError(
-            f"y has to hold integer classes from 0 to {classes - 1}: map the labels to them."
-        )
 
 
 def _kept(names: list[str], groups: list[str], patterns: list[str] | None) -> list[int]:

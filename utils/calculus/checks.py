@@ -11,6 +11,7 @@ from torch import Tensor
 from utils.calculus.chain import Chain
 from utils.calculus.tape import Named, Tape
 from utils.calculus.trace import Untraceable
+from utils.run.streams import generator
 
 
 def check_chain(tape: Tape, output: Tensor) -> None:
@@ -63,14 +64,13 @@ def asymmetry(tape: Tape, seed: int = 0) -> float:
     Cost: two products.
     """
     like = next(iter(tape.adjoints.values()))
-    generator = torch.Generator().manual_seed(seed)
+    stream = generator("symmetry", seed)
     n = len(tape.losses)
 
     def direction() -> Named:
         shapes = {name: tape.values[name].shape[1:] for name in tape.moving}
         drawn = {
-            k: torch.randn(n, *s, generator=generator, dtype=torch.float64)
-            for k, s in shapes.items()
+            k: torch.randn(n, *s, generator=stream, dtype=torch.float64) for k, s in shapes.items()
         }
         return {name: t.to(like) for name, t in drawn.items()}
 

@@ -16,6 +16,8 @@ import torch
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
+from utils.run.streams import numpy_generator
+
 SOFTMAX_FIRST = 0.5  # >= ||Ds||, attained at (1/2, 1/2, 0, ...). Source: Lemma 1 (lem:softmax)
 SOFTMAX_SECOND = 0.2721656  # >= ||D^2 s||, sqrt(6)/9, attained. Source: Lemma 1 (lem:softmax)
 CROSS_ENTROPY_FIRST = 1.4142136  # >= |p - e_y|, a supremum. Source: Lemma 2 (lem:cross-entropy)
@@ -126,7 +128,7 @@ def largest_eigenvalue(G: Tensor) -> Tensor:
     tensor(1.)
     """
     if G.ndim == 2 and len(G) >= LARGE and G.device.type == "cpu":
-        start = np.random.default_rng(0).normal(size=len(G))
+        start = numpy_generator("gram start", 0).normal(size=len(G))
         try:
             below = eigsh(G.numpy(), 1, which="LA", v0=start, tol=1e-5, return_eigenvectors=False)
         except ArpackError:  # a matrix of zeros, or one that has not converged

@@ -156,7 +156,11 @@ def _narrow(chain: Lowering, node: fx.Node) -> bool:
 
 def _concatenation(chain: Lowering, node: fx.Node) -> bool:
     parts, axis = _arguments(node, (), 0)
+    parts = [part for part in parts if shape_of(part) != (0,)]  # torch lets an empty part be flat
     shapes = [shape_of(part) for part in parts]
+    if len(parts) == 1:
+        chain.add(Reshape(shapes[0], shapes[0]), parts, node)
+        return True
     chain.add(Concatenation(axis % len(shape_of(node)), shapes), list(parts), node)
     return True
 

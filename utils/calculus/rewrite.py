@@ -60,11 +60,26 @@ def fuse_elementwise(graph: fx.Graph) -> None:
         root = roots.pop()
         if any(shape_of(n) != shape_of(root) for n in group):
             continue
+        function = Composite(group, root)
         with graph.inserting_before(last):
-            fused = graph.call_function(Composite(group, root), (root,))
+            if is_tanh_gelu(function):
+                fused = graph.call_function(aten.gelu.default, (root,), {"approximate": "tanh"})
+            else:
+                fused = graph.call_function(function, (root,))
         fused.meta = dict(last.meta)
         last.replace_all_uses_with(fused)
         graph.eliminate_dead_code()
+
+
+def is_tanh_gelu(function: Composite) -> bool:
+    """Whether sums, products and powers around one tanh are GELU's approximation: by its values,
+    which only that polynomial in its argument and in front of it gives."""
+    names = function.__name__.split("+")
+    if names.count("tanh") != 1 or not set(names) <= {"tanh", "add", "mul", "pow", "div"}:
+        return False
+    z = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    expected = torch.nn.functional.gelu(z, approximate="tanh")
+    return torch.allclose(function(z), expected, rtol=1e-12, atol=1e-14)
 
 
 def _elementwise_group(last: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:

@@ -75,13 +75,18 @@ class Tape:
         self._gradient: Parts | None = None
         self._forms: Forms | None = None
         self._majorants: Forms | None = None
-        self._forward(next(iter(point.values())).dtype)
+        self._forward(self._like(point).dtype)
         self.losses = self.values["loss"]
         ones = torch.ones_like(self.losses) if weights is None else weights
         self.adjoints = self._adjoints(ones)
 
+    @staticmethod
+    def _like(point: Named) -> Tensor:
+        """A weight, whose dtype and device all of the walk has; buffers may be of other types."""
+        return next(t for t in point.values() if t.is_floating_point())
+
     def _constants(self, point: Named, x: Tensor) -> Named:
-        like = next(iter(point.values()))
+        like = self._like(point)
         values = {name: t[None] for name, t in point.items()}
         values |= self.chain.constants_like(like)
         values[self.chain.input] = x[:, None]

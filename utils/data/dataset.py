@@ -16,6 +16,7 @@ from torch import Tensor
 from utils.data.published import sha256
 from utils.data.readers import Pair, Source, read_source
 from utils.data.split import check_classes, split_pool, split_sentence
+from utils.run.streams import split_generator
 
 LARGEST_SEED = 2**32 - 1  # of numpy's RandomState
 LARGEST_SAMPLE = 2**63 - 1
@@ -124,7 +125,7 @@ def load_dataset(
     source = read_source(name, root, seed, n_samples)
     n_classes = _count_classes(source)
     official = source.x_test is not None
-    random = np.random.RandomState(seed)
+    random = split_generator("split", seed)
     rows = split_pool(
         source.y,
         0 if name == "synthetic" else n_samples,

@@ -1,8 +1,4 @@
-"""A synthetic population that is known exactly: Gaussian classes with fixed means.
-
-Streams of random numbers, all by `numpy.random.default_rng`: 20240917 for the class means,
-[0, seed] for the data set of a seed, [1, seed] for fresh draws of a seed. They never meet.
-"""
+"""A synthetic population that is known exactly: Gaussian classes with fixed means."""
 
 from __future__ import annotations
 
@@ -10,14 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.run.streams import numpy_generator
+
 SHAPE = (1, 8, 8)
 CLASSES = 4
 NOISE = 0.5  # standard deviation of every pixel around its class mean
 SPREAD = 0.15  # standard deviation of the entries of the class means
 SIZE = 2000  # examples of the data set where nobody says how many
 
-DATASET_STREAM = 0
-FRESH_STREAM = 1
+DATASET_STREAM = "synthetic data set"
+FRESH_STREAM = "synthetic draw"
 MEANS_SEED = 20240917
 
 
@@ -29,11 +27,11 @@ def class_means() -> np.ndarray:
     >>> class_means().shape
     (4, 1, 8, 8)
     """
-    random = np.random.default_rng(MEANS_SEED)
+    random = numpy_generator("class means", MEANS_SEED)
     return SPREAD * random.standard_normal((CLASSES, *SHAPE))
 
 
-def synthetic_examples(n: int, stream: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def synthetic_examples(n: int, stream: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """n independent examples of the population, as arrays.
 
     n       number of examples
@@ -46,7 +44,7 @@ def synthetic_examples(n: int, stream: int, seed: int) -> tuple[np.ndarray, np.n
     >>> x.shape, y.shape
     ((3, 1, 8, 8), (3,))
     """
-    random = np.random.default_rng([stream, seed])
+    random = numpy_generator(stream, seed)
     y = random.integers(CLASSES, size=n)
     noise = random.standard_normal((n, *SHAPE))
     x = class_means()[y] + NOISE * noise

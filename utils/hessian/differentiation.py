@@ -22,10 +22,10 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from utils.networks.contract import second_order_mode
 from utils.networks.losses import logits, loss_from_logits
+from utils.run.streams import generator
 
 ENGINES = ("jvp(grad)", "double backward", "loop over examples")
 PARTS = ("full", "gauss_newton", "functional")
-PROBE = 0x5EED_0F_5411  # seed of the random directions that test an engine
 
 Point = dict[str, Tensor]
 
@@ -131,10 +131,10 @@ class Differentiation:
         Products that are no finite numbers say nothing against an engine: whoever uses them
         refuses them. Raises ValueError where no engine works.
         """
-        generator = torch.Generator().manual_seed(PROBE)
+        stream = generator("engine", 0)
         pair = []
         for _ in range(2):
-            noise = {n: torch.randn(t.shape, generator=generator) for n, t in point.items()}
+            noise = {n: torch.randn(t.shape, generator=stream) for n, t in point.items()}
             pair.append({n: v.to(point[n]).expand(len(x), *v.shape) for n, v in noise.items()})
         reason = "two products with it contradict each other"
         for self.engine in ENGINES:

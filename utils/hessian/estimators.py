@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from utils.hessian import pyhessian
 from utils.hessian.losses import Losses
 from utils.hessian.norms import hessian_norm, per_sample_hessian_norms
+from utils.run.streams import numpy_generator
 
 
 def compare_estimators(
@@ -49,7 +50,7 @@ def _eigsh(matrix: np.ndarray, seed: int) -> tuple[float, float, int]:
         products.append(1)
         return matrix @ v
 
-    start = np.random.default_rng(seed).normal(size=len(matrix))
+    start = numpy_generator("dense estimate", seed).normal(size=len(matrix))
     operator = LinearOperator(matrix.shape, product)
     (theta,), vectors = eigsh(operator, k=1, which="LM", v0=start)
     v = vectors[:, 0]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from utils.hessian.coordinates import Coordinates
 from utils.hessian.differentiation import refuse_not_finite
+from utils.run.streams import generator
 
 
 @dataclass
@@ -275,8 +276,8 @@ def uniform_start(shape: tuple[int, ...], losses: Coordinates, seed: int) -> Ten
     >>> uniform_start((2, 5), SimpleNamespace(w=torch.zeros(5)), 0).shape
     torch.Size([2, 5])
     """
-    generator = torch.Generator().manual_seed(0x5EED_0F_1A7C05 + seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(losses.w)
+    stream = generator("lanczos start", seed)
+    return torch.randn(*shape, generator=stream, dtype=torch.float64).to(losses.w)
 
 
 def lanczos_epsilon(steps: int, P: int, failure: float) -> float:

@@ -24,6 +24,7 @@ from utils.hessian.coordinates import Coordinates, Operator
 from utils.hessian.differentiation import Differentiation, check_part
 from utils.hessian.memory import KEPT, MEMORY, WALK, activation_numbers
 from utils.networks.contract import (
+    check_labels,
     prepared_copy,
     refuse_random_or_batch_dependent,
     second_order_mode,
@@ -93,6 +94,8 @@ class Losses(Coordinates):
         refuse_random_or_batch_dependent(self.model, self.x)
         self._size: int | None = None
         self._automatic = Differentiation(self.model, loss)
+        with torch.no_grad():
+            check_labels(self.y, self._automatic.logits({}, self.x[:1]).shape, loss)
         self.move(dict(self.model.named_parameters()), parameters)
         self.chain: Chain | None = None
         self.untraced = ""
@@ -121,7 +124,7 @@ class Losses(Coordinates):
     def _tape(self, point: dict, rows: Tensor, weights: Tensor | None = None) -> Tape:
         """One pass over `rows`; with `weights`, all that is computed is a sum over them."""
         assert self.chain is not None  # who has none does not ask
-        values = dict(self.model.named_buffers()) | self.rest | point
+        values = self.rest | point | dict(self.model.named_buffers())
         sums = weights is not None
         with torch.no_grad():
             x, y = self.x[rows], self.y[rows]

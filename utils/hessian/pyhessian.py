@@ -46,9 +46,9 @@ from torch.func import functional_call
 from utils.hessian.losses import Losses
 from utils.networks.contract import second_order_mode
 from utils.networks.losses import logits, loss_from_logits
+from utils.run.streams import generator, torch_seed
 
 SIZE = 40  # PyHessian sees a norm of about 2^SIZE, beside which floors of 1e-6 are rounding
-STREAM = 0x9E5510  # added to seeds: weights drawn with a seed are independent of its probes
 DEFAULTS: dict[str, Any] = {  # its own
     "tolerance": 1e-3,
     "max_iterations": 100,
@@ -185,8 +185,8 @@ def _eig(T: Tensor, eigenvectors: bool) -> tuple[Tensor, Tensor]:
 
 def _scale(losses: Losses, seed: int) -> float:
     """The power of two that brings the norm of H to about 2^SIZE, by two products."""
-    generator = torch.Generator().manual_seed(STREAM + seed)
-    u = torch.randn(losses.P, generator=generator, dtype=torch.float64).to(losses.w)
+    stream = generator("pyhessian", seed)
+    u = torch.randn(losses.P, generator=stream, dtype=torch.float64).to(losses.w)
     for _ in range(2):
         u = losses.product(u / u.norm())  # H = 0 ends in nan, of exponent 0: any scale does
     exponent = SIZE - math.frexp(u.norm().item())[1]
@@ -239,11 +239,10 @@ def prepared(losses: Losses, scale: float, seed: int) -> Iterator[tuple[hessian,
         warnings.filterwarnings(
             "ignore", r"Using backward\(\) with create_graph=True"
         )  # .grad is cleared below
-        torch.default_generator.manual_seed(
-            STREAM + seed
-        )  # torch.manual_seed would seed devices that are not restored
+        # torch.manual_seed would seed devices that are not restored
+        torch.default_generator.manual_seed(torch_seed("pyhessian", seed))
         if cuda:
-            torch.cuda.manual_seed(STREAM + seed)
+            torch.cuda.manual_seed(torch_seed("pyhessian", seed))
         try:
             torch.set_default_dtype(losses.w.dtype)
             yield (

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from utils.networks.losses import logits
+from utils.networks.losses import IGNORED, logits
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def prepared_copy(
 def refuse_random_or_batch_dependent(model: nn.Module, x: Tensor) -> None:
     """Raise ValueError unless l_i(w) is a function of the weights w and of example i alone.
 
-    model  anything that maps inputs to logits (n, K): no dropout, no batch statistics
+    model  in eval mode; maps inputs to logits (n, K) or (n, T, K), without batch statistics
     x      inputs (n, ...), of which the first two are looked at
 
     >>> refuse_random_or_batch_dependent(nn.Linear(2, 3), torch.zeros(4, 2))
@@ -65,9 +65,12 @@ def refuse_random_or_batch_dependent(model: nn.Module, x: Tensor) -> None:
         together = logits(model, x[:2])
         again = logits(model, x[:2])
         alone = logits(model, x[:1])
-    if together.ndim != 2:
+    if together.ndim not in (2, 3):
         shape = tuple(together.shape)
-        raise ValueError(f"The model returns shape {shape}: it has to return logits (n, classes).")
+        raise ValueError(
+            f"The model returns shape {shape}: it has to return logits (n, classes), or "
+            "(n, tokens, classes)."
+        )
     if not together.isfinite().all():
         raise ValueError(
             "The model's output is not a finite number: look at its weights and at the inputs."
@@ -89,7 +92,44 @@ def _refuse_modules(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} uses batch statistics: replace it (LayerNorm, GroupNorm) and run again."
             )
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Raise ValueError where a layer would drop units in training, which here has none.
+
+    >>> refuse_dropout(nn.Dropout(0.0))
+    """
+    for name, module in model.named_modules():
         if isinstance(module, _DropoutNd) and module.p > 0:
             raise ValueError(
                 f"{name} is dropout with p = {module.p}: build the model with p = 0 and run again."
             )
+
+
+def check_labels(y: Tensor, shape: torch.Size, loss: str) -> None:
+    """Raise ValueError unless the labels fit a network's output.
+
+    y      labels (n,) or (n, T), or for "mse" also targets of the output's shape
+    shape  of the output for some examples: (m, K) or (m, T, K)
+    loss   "cross_entropy" or "mse"
+
+    >>> check_labels(torch.tensor([0, 2]), torch.Size([1, 3]), "cross_entropy")
+    """
+    if y.is_floating_point() and loss == "mse":
+        if y.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"The targets have shape {tuple(y.shape)}, the output {tuple(shape)}: "
+                "give one target for each number of the output."
+            )
+        return
+    if y.is_floating_point() or y.shape[1:] != shape[1:-1]:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)} and type {y.dtype}, the logits {tuple(shape)}: "
+            "give one integer label for each row of logits."
+        )
+    counted = y[y != IGNORED] if y.ndim > 1 else y
+    classes = shape[-1]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+        raise ValueError(
+            f"y has to hold integer classes from 0 to {classes - 1}: map the labels to them."
+        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 LOSSES = ("cross_entropy", "mse")
+IGNORED = -100  # the label of a token that does not count, as in torch
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -28,9 +29,13 @@ def check_loss(loss: str) -> None:
 
 
 def loss_from_logits(f: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tensor:
-    """Loss (n,) of each example, from the logits `f` (n, K) and the labels `y` (n,).
+    """Loss (n,) of each example, from its logits and labels.
 
-    loss  "cross_entropy" [nat], or "mse", the mean square over classes of f - one-hot(y)
+    f     logits (n, K), or (n, T, K) for T tokens
+    y     labels (n,) or (n, T); a token with the label -100 does not count. For "mse" also
+          targets of the shape of f
+    loss  "cross_entropy" [nat], the mean over an example's tokens; or "mse", the mean square of
+          f - one-hot(y), or of f - y
     Raises ValueError for another loss.
 
     >>> loss_from_logits(torch.zeros(1, 2), torch.tensor([1]))
@@ -38,8 +43,12 @@ def loss_from_logits(f: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tenso
     """
     check_loss(loss)
     if loss == "cross_entropy":
-        of_label = f.gather(-1, y[..., None])[..., 0]
-        return f.logsumexp(-1) - of_label
-    classes = torch.arange(f.shape[-1], device=f.device)
-    one_hot = (y[..., None] == classes).to(f.dtype)
-    return (f - one_hot).square().mean(-1)
+        of_label = f.gather(-1, y.clamp_min(0)[..., None])[..., 0]
+        loss_of_token = f.logsumexp(-1) - of_label
+        if y.ndim == 1:
+            return loss_of_token
+        counts = y != IGNORED
+        return (counts * loss_of_token).sum(1) / counts.sum(1).clamp_min(1)
+    if not y.is_floating_point():
+        y = (y[..., None] == torch.arange(f.shape[-1], device=f.device)).to(f.dtype)
+    return (f - y.reshape(f.shape)).square().flatten(1).mean(1)

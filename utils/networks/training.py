@@ -23,11 +23,13 @@ from utils.data import Dataset
 from utils.hessian import Losses, per_sample_losses
 from utils.networks.contract import (
     prepared_copy,
+    refuse_dropout,
     refuse_random_or_batch_dependent,
     second_order_mode,
 )
 from utils.networks.losses import logits
 from utils.networks.polishing import Objective, Polishing, stopping_rule
+from utils.run.streams import generator
 
 
 @dataclass
@@ -94,6 +96,7 @@ def train(
     x = x.to(device)
     y = y.to(device)
     in_double = x.double() if x.is_floating_point() else x
+    refuse_dropout(model)
     refuse_random_or_batch_dependent(prepared_copy(model), in_double)
     model.to(torch.float32 if epochs else torch.float64).eval()
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -116,7 +119,7 @@ def train(
     if epochs:
         single = losses_in(torch.float32)
         objective = Objective(single, centre.to(single.w), l2)
-        order = torch.Generator().manual_seed(seed)
+        order = generator("batches", seed)
         permutations = [torch.randperm(len(x), generator=order) for _ in range(epochs)]
         batches = [rows.split(batch_size) for rows in permutations]
         _put(model, single.unflatten(_adam(objective, batches, learning_rate, schedule, note)))

@@ -31,10 +31,15 @@ STREAMS: dict[str, tuple[str, int]] = {
     # generator after torch.manual_seed(seed): the same numbers, so the first order is not
     # independent of the weights. Kept: every committed network was trained so.
     "block check": (TORCH, 0),  # random block of the calculus' comparison with autograd
+    # calculus
+    "symmetry": (TORCH, 0x5E77),  # directions that test a chain; they say yes or no and no more
     # hessian
     "lanczos start": (TORCH, 0x5EED_0F_1A7C05),  # of norms, traces, spectra: uniform directions
+    "engine": (TORCH, 0x5EED_0F_5411),  # directions that test automatic differentiation
+    "dense estimate": (NUMPY, 31),  # ARPACK's start for a small dense Hessian
     "pyhessian": (TORCH, 0x9E5510),  # the adapter's scale, and PyHessian's own draws
     # bounds
+    "misfit": (NUMPY, 37),  # bootstrap over examples
     "gram start": (NUMPY, 0),  # ARPACK's start for a Gram matrix; its seed is always 0
     # surface
     "orders": (NUMPY, 5),  # random orders of the examples

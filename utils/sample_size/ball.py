@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from utils.hessian import Losses
 from utils.hessian.losses import SampleHessians
+from utils.run.streams import generator, numpy_generator
 from utils.sample_size.answer import conclude
 from utils.sample_size.limits import Spread, budget, least_pilot, limits, pair_moments
 from utils.sample_size.surface import k_surface
-
-PAIRS_STREAM = 13  # of the pairing: default_rng([seed, PAIRS_STREAM])
-SIGNS_STREAM = 0xFA12  # of the signs: torch's generator seeded with SIGNS_STREAM + seed
 
 Moments = tuple[float, float]  # means of Y and of Y^2
 
@@ -78,9 +75,9 @@ def curvature_moments(losses: Losses, seed: int = 0) -> Moments:
     True
     """
     half = losses.n // 2
-    order = torch.from_numpy(np.random.default_rng([seed, PAIRS_STREAM]).permutation(losses.n))
-    generator = torch.Generator().manual_seed(SIGNS_STREAM + seed)
-    signs = torch.randint(0, 2, (half, losses.P), generator=generator).to(losses.w) * 2 - 1
+    order = torch.from_numpy(numpy_generator("pairs of a pilot", seed).permutation(losses.n))
+    stream = generator("signs of a pilot", seed)
+    signs = torch.randint(0, 2, (half, losses.P), generator=stream).to(losses.w) * 2 - 1
     first = SampleHessians(losses, order[:half])(signs)
     second = SampleHessians(losses, order[half : 2 * half])(signs)
     Y = (first - second).double().square().sum(1) / 2

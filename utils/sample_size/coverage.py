@@ -10,14 +10,13 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import binom
 
+from utils.run.streams import numpy_generator
 from utils.sample_size.measurement import Pilot
 from utils.sample_size.rivals import baselines
 from utils.sample_size.step import k_step
 from utils.sample_size.surface import gaussian_factor, k_fixed_probes, k_surface
 from utils.surface.identities import as_rows
 from utils.surface.intervals import Estimate, binomial_interval
-
-STREAM = 29  # of the simulated samples: default_rng([seed, STREAM])
 
 
 def exceedance(values: np.ndarray, k: int, tolerance: float, orders: np.ndarray) -> Estimate:
@@ -70,7 +69,7 @@ def true_size(
     factor = gaussian_factor(values, confidence, seed)
     length = 40 * math.ceil(factor * values.var(1).mean() / tolerance**2)
     counts = np.arange(1, length + 1)
-    generator = np.random.default_rng([seed, STREAM])
+    generator = numpy_generator("true size", seed)
     settled: np.ndarray = np.zeros(streams, dtype=int)
     for stream in range(streams):
         draws = generator.integers(values.shape[1], size=length)

@@ -9,10 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import OptimizeWarning, curve_fit
 
+from utils.run.streams import numpy_generator
 from utils.surface.identities import as_rows
-
-CURVE_STREAM = 19  # of the orders of `settling_curve`: default_rng([seed, CURVE_STREAM])
-ORDER_STREAM = 23  # of the order in which "doubling" reads: default_rng([seed, ORDER_STREAM])
 
 
 def power_law(k: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
@@ -93,7 +91,7 @@ def settling_curve(
     values = as_rows(values)
     k = np.asarray(k)
     limit = values.mean(1, keepdims=True)
-    generator = np.random.default_rng([seed, CURVE_STREAM])
+    generator = numpy_generator("settling curve", seed)
     total = np.zeros(len(k))
     for _ in range(n_orders):
         order = generator.permutation(values.shape[1])
@@ -113,7 +111,7 @@ def doubling(values: np.ndarray, tolerance: float, seed: int = 0) -> float:
     (16.0, inf)
     """
     m = values.shape[1]
-    order = np.random.default_rng([seed, ORDER_STREAM]).permutation(m)
+    order = numpy_generator("doubling", seed).permutation(m)
     k = 8
     while 2 * k <= m:
         difference = values[:, order[:k]].mean(1) - values[:, order[: 2 * k]].mean(1)

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 
+from utils.run.streams import numpy_generator
 from utils.sample_size.answer import conclude, drift
 from utils.sample_size.limits import budget, least_pilot, spread_limits
 from utils.surface.identities import as_rows
 
-STREAM = 17  # of the simulated Brownian motions: default_rng([seed, STREAM])
 TERMS: np.ndarray = 2 * np.arange(50) + 1  # of the series for one probe
 
 
@@ -178,7 +178,7 @@ def _stays_below(q: float) -> float:
 def _suprema(weights: tuple[float, ...], seed: int, paths: int, steps: int) -> np.ndarray:
     """sup |B|^2 of simulated paths, (paths,), B with independent parts of these variances."""
     squares = np.zeros((paths, steps))
-    generator = np.random.default_rng([seed, STREAM])
+    generator = numpy_generator("gaussian factor", seed)
     for weight in weights:
         walk = generator.standard_normal((paths, steps)).cumsum(1)
         squares += weight * walk**2 / steps

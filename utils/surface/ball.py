@@ -19,6 +19,7 @@ from torch import Tensor
 from utils.hessian import Losses
 from utils.hessian.coordinates import Operator
 from utils.hessian.norms import operator_norm
+from utils.run.streams import generator
 from utils.surface.identities import running_means
 
 
@@ -215,10 +216,10 @@ def difference_on_ball(
     w0 = losses.w
     hessian = f.hessian()
     gradient = f.gradient()
-    generator = torch.Generator().manual_seed(f.stream(seed))
+    stream = generator("contrast on a ball", f.stream(seed))
 
     def normal(n: int, size: int) -> Tensor:
-        return torch.randn(n, size, generator=generator, dtype=torch.float64).to(w0)
+        return torch.randn(n, size, generator=stream, dtype=torch.float64).to(w0)
 
     def along(kind: str, u: Tensor) -> _Direction:
         return _Direction(kind, u, (gradient @ u).item(), (u @ hessian(u)).item())

@@ -1,7 +1,7 @@
 """Intervals of means, slopes and shares.
 
 An interval by bootstrap needs FEWEST rows, one by the ratio to a known mean FEWEST_RATIOS: from
-fewer there is none, and no verdict. Streams: `[seed, 7]` for means, `[seed, 11]` for slopes.
+fewer there is none, and no verdict.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 from scipy.stats import t as student
 
+from utils.run.streams import numpy_generator
+
 FEWEST = 100  # of 20 squares with a heavy tail a bootstrap's "95 %" misses more than 1 in 5
 FEWEST_RATIOS = 20  # of `rms_by_ratio`, whose tails the auxiliary takes away
 
@@ -21,10 +23,10 @@ Estimate = tuple[float, float, float]  # value, low and high
 Estimates = tuple[np.ndarray, np.ndarray, np.ndarray]  # the same of several, (m,) each
 
 
-def _resampled(rows: np.ndarray, seed: list[int], draws: int) -> np.ndarray:
+def _resampled(rows: np.ndarray, stream: np.random.Generator, draws: int) -> np.ndarray:
     """Means (draws, m) of rows (r, m) drawn with replacement."""
     r = len(rows)
-    counts = np.random.default_rng(seed).multinomial(r, np.full(r, 1 / r), size=draws)
+    counts = stream.multinomial(r, np.full(r, 1 / r), size=draws)
     return counts / r @ rows
 
 
@@ -32,7 +34,7 @@ def bootstrap_mean(rows: np.ndarray, seed: int = 0, draws: int = 400) -> Estimat
     """Mean over rows with a 95 % percentile-bootstrap interval over rows.
 
     rows   (r, m) in any unit
-    seed   of the stream `[seed, 7]`
+    seed   of the stream "bootstrap of means"
     draws  of the bootstrap [1]
 
     Returns mean, low and high, each (m,); nan for the ends of fewer than FEWEST rows.
@@ -45,7 +47,9 @@ def bootstrap_mean(rows: np.ndarray, seed: int = 0, draws: int = 400) -> Estimat
     if len(rows) < FEWEST:
         absent = np.full_like(mean, math.nan)
         return mean, absent, absent
-    low, high = np.quantile(_resampled(rows, [seed, 7], draws), [0.025, 0.975], axis=0)
+    low, high = np.quantile(
+        _resampled(rows, numpy_generator("bootstrap of means", seed), draws), [0.025, 0.975], axis=0
+    )
     return mean, low, high
 
 
@@ -56,7 +60,7 @@ def log_log_slope(
 
     k      (m,) positive
     rows   (r, m), not negative, one row an order
-    seed   of the stream `[seed, 11]`
+    seed   of the stream "bootstrap of slopes"
     level  of the interval [1]
     root   fit the square root of the mean, a root mean square from squares
 
@@ -72,7 +76,9 @@ def log_log_slope(
         return math.nan, math.nan, math.nan
     if len(rows) >= FEWEST:
         draws = round(20 / (1 - level))  # ten beyond each end
-        means = np.vstack([means, _resampled(rows, [seed, 11], draws)])
+        means = np.vstack(
+            [means, _resampled(rows, numpy_generator("bootstrap of slopes", seed), draws)]
+        )
     x = np.log(k) - np.log(k).mean()
     power = 0.5 if root else 1.0
     with np.errstate(divide="ignore", invalid="ignore"):  # a draw of zeros only: no interval

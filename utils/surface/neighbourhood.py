@@ -19,6 +19,7 @@ from torch import Tensor
 
 from utils.hessian import Losses
 from utils.hessian.losses import SampleHessians
+from utils.run.streams import generator, numpy_generator
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def top_eigenspace(losses: Losses, D: int, rows: Tensor | None = None, seed: int
         v = torch.as_tensor(v.ravel().copy()).to(losses.w)
         return product(v).double().cpu().numpy()
 
-    start = np.random.default_rng([seed, 17]).normal(size=losses.P)
+    start = numpy_generator("eigenspace start", seed).normal(size=losses.P)
     operator = LinearOperator((losses.P, losses.P), matvec=apply, dtype=np.float64)
     theta, vectors = eigsh(operator, k=D, which="LM", v0=start, tol=1e-6)
     order = np.argsort(-np.abs(theta))
@@ -79,9 +80,9 @@ def gaussian_probes(
     >>> gaussian_probes(torch.zeros(3), 0.1, 5).shape
     torch.Size([5, 3])
     """
-    generator = torch.Generator().manual_seed(0x6A55 + seed)
+    stream = generator("gaussian probes", seed)
     size = len(w) if basis is None else len(basis)
-    normal = torch.randn(n_probes, size, generator=generator, dtype=torch.float64).to(w)
+    normal = torch.randn(n_probes, size, generator=stream, dtype=torch.float64).to(w)
     z = sigma * normal
     return w + (z if basis is None else z @ basis)
 
@@ -172,8 +173,8 @@ def spreads(
     if basis is None and probes < 2:
         raise ValueError(f"There are {probes} probes: give at least 2, one alone has no error.")
     n, w = losses.n, losses.w
-    generator = torch.Generator().manual_seed(0x5163 + seed)
-    signs = torch.randint(0, 2, (probes, losses.P), generator=generator) * 2 - 1
+    stream = generator("signs of spreads", seed)
+    signs = torch.randint(0, 2, (probes, losses.P), generator=stream) * 2 - 1
     V = signs.to(w) if basis is None else basis  # (D, P)
     forms = w.new_zeros(len(V), n)  # v^T h_i v
     squares = w.new_zeros(len(V))  # sums over i of |h_i v|^2, or of |U h_i v|^2

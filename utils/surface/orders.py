@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from utils.run.streams import numpy_generator
+
 
 def random_orders(n: int, n_orders: int, seed: int = 0) -> np.ndarray:
     """Independent uniform permutations of 0 .. n - 1.
@@ -22,7 +24,7 @@ def random_orders(n: int, n_orders: int, seed: int = 0) -> np.ndarray:
     >>> random_orders(4, 2).shape
     (2, 4)
     """
-    generator = np.random.default_rng([seed, 5])
+    generator = numpy_generator("orders", seed)
     return np.stack([generator.permutation(n) for _ in range(n_orders)])
 
 
@@ -45,7 +47,7 @@ def typical_first_orders(losses: ArrayLike, n_orders: int, seed: int = 0) -> np.
     losses = np.asarray(losses, dtype=np.float64)
     distance = np.abs(losses - losses.mean())
     rank = np.argsort(np.argsort(distance)) + 1
-    times = np.random.default_rng([seed, 23]).exponential(size=(n_orders, len(losses)))
+    times = numpy_generator("typical first", seed).exponential(size=(n_orders, len(losses)))
     return np.argsort(times * rank, axis=1)
 
 

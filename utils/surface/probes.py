@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.hessian import Losses
-
-STREAM = 0xBA11  # of the probes: torch's generator seeded with STREAM + seed
+from utils.run.streams import generator
 
 
 def neighbourhood(w: Tensor, radius: float, n_probes: int, seed: int = 0) -> Tensor:
@@ -28,9 +27,9 @@ def neighbourhood(w: Tensor, radius: float, n_probes: int, seed: int = 0) -> Ten
     """
     if radius == 0:
         return w[None]
-    generator = torch.Generator().manual_seed(STREAM + seed)
-    directions = torch.randn(n_probes, len(w), generator=generator, dtype=torch.float64).to(w)
-    uniform = torch.rand(n_probes, 1, generator=generator, dtype=torch.float64).to(w)
+    stream = generator("ball probes", seed)
+    directions = torch.randn(n_probes, len(w), generator=stream, dtype=torch.float64).to(w)
+    uniform = torch.rand(n_probes, 1, generator=stream, dtype=torch.float64).to(w)
     lengths = radius * uniform ** (1 / len(w))
     return w + lengths * directions / directions.norm(dim=1, keepdim=True)
 

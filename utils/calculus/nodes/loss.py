@@ -18,8 +18,7 @@ from utils.calculus.lemmas import (
 from utils.calculus.nodes.arrays import scaled_by
 from utils.calculus.nodes.base import Form, Forward, Maybe, Node, Parts, Wanted
 from utils.calculus.nodes.known import Inputs, Known, Situation
-
-IGNORED = -100  # the label of a token that does not count, as in torch
+from utils.networks.losses import IGNORED
 
 
 class _Loss(Node):
