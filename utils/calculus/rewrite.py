@@ -72,8 +72,8 @@ def fuse_elementwise(graph: fx.Graph) -> None:
 
 
 def is_tanh_gelu(function: Composite) -> bool:
-    """Whether sums, products and powers around one tanh are GELU's approximation: by its values,
-    which only that polynomial in its argument and in front of it gives."""
+    """Whether a function of sums, products and powers around one tanh is GELU's approximation: by
+    its values, which only that polynomial in its argument and in front of it gives."""
     names = function.__name__.split("+")
     if names.count("tanh") != 1 or not set(names) <= {"tanh", "add", "mul", "pow", "div"}:
         return False

@@ -36,6 +36,7 @@ def loss_from_logits(f: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tenso
           targets of the shape of f
     loss  "cross_entropy" [nat], the mean over an example's tokens; or "mse", the mean square of
           f - one-hot(y), or of f - y
+
     Raises ValueError for another loss.
 
     >>> loss_from_logits(torch.zeros(1, 2), torch.tensor([1]))

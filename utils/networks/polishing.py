@@ -27,6 +27,7 @@ class Objective:
     losses  L_n, which computes in its own dtype and on its own device
     centre  (P,), in the dtype and on the device of the w that will be given
     l2      weight of the penalty [1]
+
     Source: (eq:objective).
 
     >>> losses = Losses(torch.nn.Linear(2, 2), torch.ones(3, 2), torch.tensor([0, 1, 1]))

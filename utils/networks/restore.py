@@ -47,6 +47,7 @@ def restore(description: dict, state: State, info: dict) -> nn.Module:
 
     state  tensors by name, as `read_weights` gives them
     info   of the data set (`Dataset.info`)
+
     Raises ValueError where the tensors do not fit.
 
     >>> model = build_model("mlp", d_in=8, width=5, depth=0, n_classes=3)

@@ -18,7 +18,7 @@ from scipy.signal import lfilter
 
 
 def as_rows(losses: ArrayLike) -> np.ndarray:
-    """Losses (n,) or (m, n) as (m, n) of float64.
+    """The losses (n,) or (m, n) as (m, n) of float64.
 
     >>> as_rows([1, 2]).shape
     (1, 2)
