@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from utils.calculus.chain import Chain, read_chain
 from utils.calculus.checks import check_gradient, check_outputs
 from utils.calculus.tape import Tape
+from utils.hessian.coordinates import select_parameters
 from utils.networks.contract import check_labels, prepared_copy, second_order_mode
-from utils.networks.losses import LOSSES, logits, loss_from_logits
+from utils.networks.losses import check_loss, logits, loss_from_logits
 
 ROUNDING = 1 + 1e-10  # covers that of sums of products of nonnegative numbers
 
@@ -88,8 +88,7 @@ def subject(
 
     Raises ValueError where something does not fit, Untraceable where the network cannot be read.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+    check_loss(loss)
     if len(x) != len(y) or len(x) == 0:
         raise ValueError(
             f"x has {len(x)} examples and y has {len(y)}: give as many labels as inputs, "
@@ -130,12 +129,5 @@ def subject(
 
 def _kept(names: list[str], groups: list[str], patterns: list[str] | None) -> list[int]:
     """Indices of the groups with a parameter that matches."""
-    if patterns is not None:
-        names = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
-    chosen = set(map(group_of, names))
-    kept = [g for g, group in enumerate(groups) if group in chosen]
-    if not kept:
-        raise ValueError(
-            f"No parameter matches {patterns}: take patterns from the model's named_parameters."
-        )
-    return kept
+    chosen = set(map(group_of, select_parameters(names, patterns)))
+    return [g for g, group in enumerate(groups) if group in chosen]

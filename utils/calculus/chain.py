@@ -43,6 +43,16 @@ class Chain:
     parameters: frozenset[str]
     casts: tuple[str, ...]
 
+    def constants_like(self, like: Tensor) -> dict[str, Tensor]:
+        """The constants on the device of `like`, those that are real in its dtype."""
+        real = {
+            name
+            for name, t in self.constants.items()
+            if t.is_floating_point() or (name.startswith("number ") and t.dtype != torch.bool)
+        }
+        constants = self.constants.items()
+        return {name: t.to(like if name in real else like.device) for name, t in constants}
+
 
 class _OneTensor(nn.Module):
     """The module with its output as one tensor: it, or its `.logits`."""

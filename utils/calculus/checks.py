@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.calculus.chain import Chain
-from utils.calculus.tape import Tape
+from utils.calculus.tape import Named, Tape
 from utils.calculus.trace import Untraceable
 from utils.run.streams import generator
 
@@ -93,7 +93,7 @@ def asymmetry(tape: Tape, seed: int = 0) -> float:
     stream = generator("symmetry", seed)
     n = len(tape.losses)
 
-    def direction() -> dict[str, Tensor]:
+    def direction() -> Named:
         shapes = {name: tape.values[name].shape[1:] for name in tape.moving}
         drawn = {
             k: torch.randn(n, *s, generator=stream, dtype=torch.float64) for k, s in shapes.items()

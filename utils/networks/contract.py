@@ -41,6 +41,7 @@ def prepared_copy(
     """A copy of `model` in eval mode and in `dtype`, all its weights free to move.
 
     device  of the copy; default: where the model is
+
     The model handed in keeps its `.grad`, modes and frozen weights. Complex buffers stay complex.
     Raises ValueError for complex weights.
 
@@ -109,7 +110,7 @@ def _refuse_modules(model: nn.Module) -> None:
 
 
 def refuse_dropout(model: nn.Module) -> None:
-    """Raise ValueError where a layer would drop units in training, which here has none.
+    """Raise ValueError where a layer of the model drops units in training, which here has none.
 
     >>> refuse_dropout(nn.Dropout(0.0))
     """

@@ -230,7 +230,7 @@ class Elementwise(Node):
         if saved is None or at.radius > 0:
             raise self._unknown()
         shape = torch.broadcast_shapes(*(x.shape for x in inputs))
-        copies = [math.sqrt(math.prod(shape) / max(1, math.prod(x.shape))) for x in inputs]
+        copies = [x.copies(shape) for x in inputs]
         first = [0.0] * len(inputs)
         for i in moving:
             first[i] = copies[i] * _top(saved.first[i])

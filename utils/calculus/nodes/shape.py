@@ -217,7 +217,7 @@ class Mask(LinearMap):
 
     def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         x = inputs[0]
-        norm = math.sqrt(math.prod(self.shape) / max(1, math.prod(x.shape)))
+        norm = x.copies(self.shape)
         filled = abs(self.value) * math.sqrt(math.prod(self.shape)) if self.value else 0.0
         full = hypot(norm * x.full, filled)
         return Known(x.jet.linear(norm), moved=norm * x.moved, full=full)
@@ -319,7 +319,7 @@ class Combination(Flat):
         for factor, x in zip(self.factors, inputs, strict=True):
             c = abs(factor)
             width = c * math.sqrt(_width(shape) / _width(x.shape))
-            copies = c * math.sqrt(math.prod(shape) / max(1, math.prod(x.shape)))
+            copies = c * x.copies(shape)
             one_row = x.rows == 1 and math.prod(shape[:-1]) > 1  # the same in every row
             total = Known(
                 total.jet + x.jet.linear(copies),
