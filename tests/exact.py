@@ -32,11 +32,14 @@ def losses_of(model, x, y, loss="cross_entropy"):
 def reference(model, x, y, loss="cross_entropy", names=None):
     """Value, gradient (P,) and Hessian (P, P) of the mean loss, in the parameters of `names`."""
     leaves = [p for n, p in model.named_parameters() if names is None or n in names]
+    frozen = [p.requires_grad_() for p in leaves if not p.requires_grad]
     with sdpa_kernel(SDPBackend.MATH):
         value = losses_of(model, x, y, loss).mean()
         parts = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
         gradient = flattened(parts)
         hessian = second(gradient, leaves)
+    for p in frozen:
+        p.requires_grad_(False)
     return value.detach(), gradient.detach(), hessian
 
 

@@ -8,6 +8,7 @@ import math
 from collections import OrderedDict
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -203,7 +204,8 @@ def flat(model: nn.Module) -> Tensor:
 
 
 NETWORKS = {
-    "pre cls gelu": lambda: random_vit(1, depth=2),
+    "two blocks": lambda: random_vit(1, depth=2),
+    "pre cls gelu": lambda: random_vit(1),
     "pre mean gelu_tanh": lambda: random_vit(2, pool="mean", activation="gelu_tanh", n_heads=1),
     "post cls relu": lambda: random_vit(3, norm="post", activation="relu"),
     "post mean gelu": lambda: random_vit(4, norm="post", pool="mean"),
@@ -216,8 +218,14 @@ NETWORKS = {
     "heads with a mask": lambda: randomised(Heads(), 10),
     "convolutions": lambda: randomised(convolutional(), 11, 0.7),
 }
-CASES = ["pre cls gelu", "pre mean gelu_tanh", "post cls relu", "post mean gelu mse", "mlp"]
-CASES += ["mlp relu without bias mse", "fused", "fused mse", "encoder pre", "encoder post"]
+CASES = ["two blocks", "pre cls gelu", "pre mean gelu_tanh", "post cls relu", "post mean gelu mse"]
+CASES += ["mlp", "mlp relu without bias mse", "fused", "fused mse", "encoder pre", "encoder post"]
+
+
+def small_first(names, slow=("two blocks",)) -> list:
+    """For `parametrize`: what costs most, or is near to another, among the slow tests."""
+    mark = pytest.mark.slow
+    return [pytest.param(name, marks=mark) if name in slow else name for name in names]
 
 
 def case(name: str) -> tuple[nn.Module, Tensor, Tensor, str]:

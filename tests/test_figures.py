@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def draw(data):
-    figure, ax = plt.subplots()
+    figure, ax = plt.subplots(figsize=(4, 3))
     for role, style in ROLES.items():
         ax.loglog(data.k, data.value * (1 + len(role)), label=f"{role} $k^{{-1/2}}$", **style)
     band(ax, data.k, 0.5 * data.value, 2 * data.value)
@@ -37,6 +37,7 @@ def table():
     return pd.DataFrame({"k": [1, 10, 100, 1000], "value": [1.0, 1 / 3, 0.1, 0.03]})
 
 
+@pytest.mark.slow
 def test_same_data_give_the_same_bytes(folder):
     data, files = table(), [f"curve{suffix}" for suffix in (".pdf", ".png", ".csv")]
     path = save_figure(draw(data), "quickstart", "curve", data)

@@ -1,6 +1,7 @@
 """The house rules that a machine can hold: what imports what, and how much a folder shows."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ EXCEPT = dict.fromkeys(["utils.networks.training", "utils.networks.polishing"], 
 MOST_NAMES = 10
 
 
+@cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 

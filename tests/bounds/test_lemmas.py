@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bounded import bilinear_norm, norm2
+from networks import small_first
 from torch.func import grad, jacfwd, jvp, vmap
 
 from utils.calculus import lemmas
@@ -131,7 +132,7 @@ CONSTANTS = {
 }
 
 
-@pytest.mark.parametrize("case", CONSTANTS)
+@pytest.mark.parametrize("case", small_first(CONSTANTS, ("layer-norm-wide",)))
 def test_constants_by_ascent(case):
     """Each constant of the lemmas by maximisation: never passed on the way, and reached within
     1e-4."""

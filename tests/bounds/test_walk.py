@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from bounded import bilinear_norm, chain_values, columns, norm2
-from networks import NETWORKS, flat, random_mlp, random_vit, uneven_examples
+from networks import NETWORKS, flat, random_mlp, random_vit, small_first, uneven_examples
 from torch.func import jacfwd
 
 from utils.bounds import SLOPES, hessian_bounds, measured_norms
@@ -35,7 +35,7 @@ def number(value) -> float:
     return float(torch.as_tensor(value).max())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", small_first(NETWORKS))
 def test_every_first_derivative(name):
     """||dz/dw_g|| <= a_g of both rungs for every value z and group g; where values are used some
     are equal."""
@@ -112,7 +112,7 @@ def within(known: Known, t: torch.Tensor) -> None:
 BALLS = [name for name in NETWORKS if "relu" not in name]
 
 
-@pytest.mark.parametrize("name", BALLS)
+@pytest.mark.parametrize("name", small_first(BALLS))
 def test_sizes_and_displacements_on_the_ball(name):
     """At weights of the ball, random and along one parameter alone, every value is as large and as
     far from its centre as stated at most, by both rungs."""
@@ -145,7 +145,7 @@ def test_sizes_and_displacements_on_the_ball(name):
     assert max(close) > 0.3
 
 
-@pytest.mark.parametrize("name", BALLS)
+@pytest.mark.parametrize("name", small_first(BALLS))
 def test_the_ball_of_radius_zero_is_the_point(name):
     """Values tend to those of the point as the radius does, grow with it, and stay below the
     prior's."""
@@ -256,8 +256,10 @@ def test_one_token_and_saturated_and_overflow():
     assert not hessian_bounds(deep, x, y).values.isnan().any()
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e3])
-@pytest.mark.parametrize("norm", ["pre", "post"])
+SLOWER = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("pre", 1e3), ("post", 0.0))]
+
+
+@pytest.mark.parametrize("norm, factor", [("pre", 0.0), ("post", 1e3), *SLOWER])
 def test_each_parameter_alone_large_or_zero(norm, factor):
     """Catches a norm that reads the wrong weights, or forgets a bias or the column of ones."""
     x, y = uneven_examples(1, 4)

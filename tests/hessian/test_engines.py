@@ -33,11 +33,11 @@ class Reverse(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """Two linear layers with `between` in the middle."""
+    """Two linear layers, of two units, with `between` in the middle."""
 
     def __init__(self, between):
         super().__init__()
-        self.first, self.last, self.between = nn.Linear(16, 4), nn.Linear(4, 3), between
+        self.first, self.last, self.between = nn.Linear(16, 2), nn.Linear(2, 3), between
 
     def forward(self, x):
         return self.last(self.between(self.first(x.flatten(1))))
@@ -51,7 +51,7 @@ def masked(h):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.cell, self.head = nn.GRU(4, 2, batch_first=True), nn.Linear(2, 3)
+        self.cell, self.head = nn.GRU(4, 1, batch_first=True), nn.Linear(1, 3)
 
     def forward(self, x):
         return self.head(self.cell(x[:, 0])[0][:, -1])

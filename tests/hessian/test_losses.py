@@ -6,7 +6,17 @@ import math
 import pytest
 import torch
 from exact import F64, close, norms_of, reference
-from networks import CASES, Call, Fused, case, examples, random_vit, randomised, tiny_vit
+from networks import (
+    CASES,
+    Call,
+    Fused,
+    case,
+    examples,
+    random_vit,
+    randomised,
+    small_first,
+    tiny_vit,
+)
 from refusal import refused
 from torch import nn
 from torch.nn import functional as F
@@ -29,7 +39,7 @@ from utils.hessian.derivatives import dense_hessian, per_sample_hessian_vector_p
 from utils.hessian.operations import operations
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", small_first(CASES))
 def test_operations_are_those_of_torch(name):
     """The counter of torch itself, and twice as many for twice the samples."""
     model, x, y, loss = case(name)
@@ -46,7 +56,7 @@ def test_operations_are_those_of_torch(name):
 
 
 def test_parameter_patterns():
-    model, x, y, loss = case("pre cls gelu")
+    model, x, y, loss = case("two blocks")
     names = [n for n, _ in model.named_parameters()]
     _, g, H = reference(model, x, y, loss)
     owner = torch.cat(
@@ -104,7 +114,7 @@ def test_only_on_a_cpu_has_a_chunk_a_size_of_its_own(monkeypatch):
     """Elsewhere all samples go together, as far as the budget goes; a tensor without storage stands
     for a GPU's.
     """
-    model, x, y, loss = case("pre cls gelu")
+    model, x, y, loss = case("two blocks")
     x, y = torch.cat([x] * 100), torch.cat([y] * 100)
     roomy, tight = (Losses(model, x, y, loss, memory=memory) for memory in (2**40, 2**22))
     assert roomy.chunk(3) == 64 and roomy.chunk(0, 128) == 128

@@ -82,8 +82,14 @@ NORM_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", NORM_CASES)
-@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+QUICK = [(name, "cross_entropy") for name in NORM_CASES]
+QUICK += [(name, "mse") for name in ("vit", "hidden", "near-degenerate-1e-4")]
+LONGER = [(name, "mse") for name in NORM_CASES if (name, "mse") not in QUICK]
+
+
+@pytest.mark.parametrize(
+    "name, loss", [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in LONGER)]
+)
 def test_per_sample_norms_are_those_of_dense_hessians(name, loss):
     model, (x, y) = NORM_CASES[name](), examples(8, 11)
     hessians = sample_hessians(model, x, y, loss)

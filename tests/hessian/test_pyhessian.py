@@ -189,8 +189,15 @@ def check(model, x, y, loss="cross_entropy", parameters=None, seed=0):
         np.testing.assert_allclose((weights * nodes**power).sum(1), exact, rtol=0, atol=slack)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-@pytest.mark.parametrize("make", [random_vit, random_mlp])
+@pytest.mark.parametrize(
+    "make, loss",
+    [
+        (random_vit, "cross_entropy"),
+        (random_mlp, "cross_entropy"),
+        (random_mlp, "mse"),
+        pytest.param(random_vit, "mse", marks=pytest.mark.slow),
+    ],
+)
 def test_against_dense_hessians(make, loss):
     model, (x, y) = make(1), examples()
     check(model, x, y, loss)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from exact import F64, reference
-from networks import Fused, Hidden, case
+from networks import NETWORKS, Fused, Hidden, case
 from refusal import refused
 from torch import nn
 
@@ -42,7 +42,7 @@ def test_hutch_plus_plus_beats_hutchinson_where_few_eigenvalues_rule():
     """Unbiased over seeds, its standard error is its spread, and it is smaller at the same number
     of products.
     """
-    model, x, y, loss = case("pre cls gelu")
+    model, x, y, loss = case("two blocks")
     exact = reference(model, x, y, loss)[2].trace().item()
     spread = {}
     for estimator in ("hutchinson", "hutch++"):
@@ -98,22 +98,20 @@ def test_spectral_density_counts_the_eigenvalues():
 
 
 def test_block_norms_are_those_of_the_dense_blocks():
-    model, x, y, loss = case("pre cls gelu")
+    assert len(parameter_groups(NETWORKS["two blocks"]())) == 16  # two blocks
+    model, x, y, loss = case("post mean gelu mse")
     H = reference(model, x, y, loss)[2]
     groups = parameter_groups(model)
-    assert (
-        list(groups)[:2] == ["embedding", "LN 1"]
-        and list(groups)[-1] == "head"
-        and len(groups) == 16
-    )
+    assert list(groups)[:2] == ["embedding", "LN 1"]
+    assert list(groups)[-1] == "head" and len(groups) == 9
     assert sorted(n for names in groups.values() for n in names) == sorted(
         n for n, _ in model.named_parameters()
     )
     found = hessian_block_norms(model, x, y, loss, tolerance=1e-4, max_steps=60)
-    assert found.groups == list(groups) and found.values.shape == found.residual.shape == (16, 16)
+    assert found.groups == list(groups) and found.values.shape == found.residual.shape == (9, 9)
     owner = torch.cat([torch.full((p.numel(),), i) for _, p in model.named_parameters()
                        for i, names in enumerate(groups.values()) if _ in names])  # fmt: skip
-    for i, j in itertools.product(range(16), repeat=2):
+    for i, j in itertools.product(range(9), repeat=2):
         exact = torch.linalg.matrix_norm(H[owner == i][:, owner == j], 2).item()
         assert found.values[i, j] == pytest.approx(exact, rel=1e-6), (i, j)
         assert found.residual[i, j] <= 1e-3 * exact

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -79,10 +80,11 @@ def test_what_is_written_is_read_back_exactly():
     )
 
 
-def test_the_same_results_are_the_same_bytes(every_schema):
+def test_the_same_results_are_the_same_bytes(every_schema, monkeypatch):
     make("01")
     first = {k: v for k, v in snapshot().items() if k.name != "run.json"}
-    time.sleep(2.1)  # zip files keep times to two seconds
+    later = time.time() + 100
+    monkeypatch.setattr(time, "time", lambda: later)
     make("01")
     assert {k: v for k, v in snapshot().items() if k.name != "run.json"} == first
 
@@ -354,17 +356,26 @@ def test_the_study_report(every_schema, monkeypatch, capsys):
 
 
 HOLD = """
-    import time
     from stages import p
     from utils.run import begin
     begun = begin("{stage}", p("{stage}"))
     print("held", flush=True)
-    time.sleep({seconds})
+    input()
 """
 
 
+def release(process) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def release_soon(process) -> None:
+    """After the next call has begun to wait."""
+    threading.Timer(0.3, release, [process]).start()
+
+
 def test_a_second_writer_is_refused_and_a_patient_one_waits():
-    other = in_another_process(HOLD.format(stage="01", seconds=1.5))
+    other = in_another_process(HOLD.format(stage="01"))
     assert other.stdout.readline() == "held\n"
     before = snapshot()
     start = time.monotonic()
@@ -374,14 +385,16 @@ def test_a_second_writer_is_refused_and_a_patient_one_waits():
         begin("01", p("01"), wait_s=0.2)
     assert time.monotonic() - start < 2 and snapshot() == before
     begin("01", p("01", run="b"), wait_s=0)  # another run is free
+    release_soon(other)
     begin("01", p("01"), wait_s=30)
     assert other.wait() == 0
 
 
 def test_the_environment_sets_the_patience(monkeypatch):
-    other = in_another_process(HOLD.format(stage="01", seconds=1))
+    other = in_another_process(HOLD.format(stage="01"))
     assert other.stdout.readline() == "held\n"
     monkeypatch.setenv("RUN_LOCK_WAIT", "30")
+    release_soon(other)
     begin("01", p("01"))
     assert other.wait() == 0
 
@@ -391,7 +404,7 @@ def test_notebooks_that_read_the_same_files_work_side_by_side_and_keep_them_from
 ):
     for stage in ("01", "02", "03", "04", "05"):
         make(stage)
-    other = in_another_process(HOLD.format(stage="04", seconds=30))
+    other = in_another_process(HOLD.format(stage="04"))
     try:
         assert other.stdout.readline() == "held\n"
         begin("05", p("05"), wait_s=0)
@@ -415,7 +428,7 @@ def test_the_record_of_notebooks_that_finish_together_loses_none(every_schema):
         from utils.run import stage
         at_once = stage.record_of
         # between reading the record and writing it
-        stage.record_of = lambda run: (at_once(run), time.sleep(0.5))[0]
+        stage.record_of = lambda run: (at_once(run), time.sleep(0.2))[0]
         print("ready", flush=True)
         input()
         make("{stage}")
@@ -423,8 +436,7 @@ def test_the_record_of_notebooks_that_finish_together_loses_none(every_schema):
     others = [in_another_process(program.format(stage=stage)) for stage in ("04", "05", "06")]
     assert all(other.stdout.readline() == "ready\n" for other in others)
     for other in others:
-        other.stdin.write("\n")
-        other.stdin.flush()
+        release(other)
     assert [other.wait() for other in others] == [0, 0, 0]
     assert set(record_of("a")) == {"01", "02", "03", "04", "05", "06"}
 

@@ -29,7 +29,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     st.lists(st.lists(NUMBERS, min_size=5, max_size=5), min_size=1, max_size=3),
     st.integers(0, 2**32 - 1),

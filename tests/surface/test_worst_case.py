@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from exact import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.hessian import Losses, per_sample_hessian_norms
-from utils.hessian.derivatives import dense_hessian
 from utils.surface.ball import difference_on_ball, distances_on_ball, worst_in_ball
 from utils.surface.identities import running_means
 from utils.surface.neighbourhood import spreads, top_eigenspace
@@ -69,8 +69,8 @@ def test_one_step_on_the_ball(k, vit_and_norms):
     values = losses.values()
     value = abs(float(values[order[k]] - values[first].mean()))
     gradient = float((losses.gradient(rows=new) - losses.gradient(rows=first)).norm())
-    difference = dense_hessian(losses.model, losses.x[new], losses.y[new])
-    difference = difference - dense_hessian(losses.model, losses.x[first], losses.y[first])
+    hessians = [reference(losses.model, losses.x[i], losses.y[i])[2] for i in (new, first)]
+    difference = hessians[0] - hessians[1]
     bend = float(torch.linalg.eigvalsh(difference).abs().max())
     for r, terms in zip(radii, found, strict=True):
         assert terms.radius == r and set(terms.found) == {
@@ -163,7 +163,7 @@ def test_other_samples_get_other_directions(linear_losses):
     )  # two along the gradient, two at random, twice
 
 
-@pytest.mark.parametrize("radius", [1e-2, 0.5])
+@pytest.mark.parametrize("radius", [pytest.param(1e-2, marks=pytest.mark.slow), 0.5])
 def test_tail_over_the_ball_by_enumeration(linear_losses, all_orders, radius):
     """At most the share delta of all orders of 5 leaves B sqrt((1/k - 1/n)/delta) at some k' >=
     k, in a quadratic model (eq:ball-tail without remainder); the tolerance of S alone is left
