@@ -34,8 +34,8 @@ from utils.bounds.walk import (
     products_of_norms,
 )
 from utils.calculus.nodes.base import Unknown
+from utils.run.layout import RUNGS
 
-RUNGS = ("closed_form", "prior", "activations", "tangents", "majorant")
 ON_BALLS = RUNGS[:3]
 FROM_WEIGHTS = RUNGS[:2]
 
