@@ -34,7 +34,7 @@ SHELL := bash
 STEM = $(basename $(notdir $(STUDY)))
 REPORT = data/runs/_study_$(STEM)/notebooks
 QUICKSTART := studies/quickstart.yaml
-TESTS := --doctest-modules utils workflow/*.py tests -n 2 --dist worksteal
+TESTS := --doctest-modules utils workflow/*.py tests -n 2 --dist loadgroup
 
 .PHONY: help reproduce check test static check-bounds study report ladder coverage check-batches notebook html paper clean
 

@@ -10,7 +10,7 @@ from utils import sample_size
 from workflow.execution import NAMES
 from workflow.trial import TINY, execute, papermill, table, tree
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("own model")]  # one worker, one study
 
 USER_MODEL = '''
 import torch

@@ -17,7 +17,7 @@ from utils.run.tables import read_table
 from workflow.execution import NAMES
 from workflow.trial import TINY, execute, last_line, papermill, snakemake, table, tree
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]  # one worker, one study
 
 
 @pytest.fixture(scope="module")
