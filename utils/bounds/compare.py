@@ -61,10 +61,8 @@ class Comparison:
 
     def ask(self, rung: str, part: str, n: int, **options: Any) -> None:
         """Bound the first n examples of a part; options: as of `hessian_bounds`."""
-        known = self.norms[self.norms["part"] == part].head(n)
-        x, y = self.parts[part]
-        x = x[: len(known)]
-        y = y[: len(known)]
+        known = self._first(part, n)
+        x, y = (t[: len(known)] for t in self.parts[part])
         asked = (self.network, x, y, self.loss, rung)
         try:
             bound, cost = operations(hessian_bounds, *asked, **options)
@@ -79,7 +77,7 @@ class Comparison:
         all of it; how many these are."""
         x, y = self.parts[part]
         numbers, cost = operations(measured_norms, self.network, x)
-        known = self.norms[self.norms["part"] == part].head(n)
+        known = self._first(part, n)
         rows = slice(len(known))
         bound = hessian_bounds(self.network, x[rows], y[rows], self.loss, "prior", measured=numbers)
         self.bounds["prior, measured", part] = bound
@@ -89,12 +87,14 @@ class Comparison:
     def add_certified(self, part: str, n: int) -> None:
         """The first n certified upper ends among the measured norms of a part, and the products
         that one takes."""
-        chosen = self.norms["upper"].notna() & (self.norms["part"] == part)
-        known = self.norms[chosen].head(n)
+        known = self._first(part, n, self.norms["upper"].notna())
         x, y = (t[:2] for t in self.parts[part])
         steps = per_sample_hessian_norms(self.network, x, y, self.loss, certify=True).iterations
         cost = float(steps.double().mean()) * self.unit
         self._add("certified", known, torch.tensor(known["upper"].to_numpy()), cost)
+
+    def _first(self, part: str, n: int, usable: pd.Series | bool = True) -> pd.DataFrame:
+        return self.norms[usable & (self.norms["part"] == part)].head(n)
 
     def _add(self, rung: str, known: pd.DataFrame, values: Tensor, cost: float) -> None:
         rows = known[["part", "index"]].assign(rung=rung, bound=values.numpy())

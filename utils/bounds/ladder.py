@@ -33,8 +33,9 @@ from utils.bounds.walk import (
     norm_of_nonnegative,
     products_of_norms,
 )
+from utils.calculus.nodes.base import Unknown
+from utils.run.layout import RUNGS
 
-RUNGS = ("closed_form", "prior", "activations", "tangents", "majorant")
 ON_BALLS = RUNGS[:3]
 FROM_WEIGHTS = RUNGS[:2]
 
@@ -112,7 +113,28 @@ def hessian_bounds(
     _check(rung, radius, variance_floor, measured, options)
     if rung == "closed_form":
         formula.check(model, x, y, loss, radius, parameters)
-    of = subject(model, x, y, loss, parameters)
+    try:
+        of = subject(model, x, y, loss, parameters)
+        return _bound(of, rung, radius, variance_floor, measured, options)
+    except (torch.OutOfMemoryError, ValueError):
+        raise
+    except (RuntimeError, IndexError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise Unknown(
+            f"Rung {rung!r} met an operator that it cannot bound ({reason}): use the certified "
+            "norm, which applies to any network."
+        ) from error
+
+
+def _bound(
+    of: Subject,
+    rung: str,
+    radius: float,
+    variance_floor: float | None,
+    measured: Measured | None,
+    options: dict[str, Any],
+) -> Bound:
+    """`hessian_bounds` of what has been checked."""
     groups = [of.groups[g] for g in of.kept]
     if rung == "majorant":
         terms = {name: float64(t) for name, t in majorant(of, **options).items()}

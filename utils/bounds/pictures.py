@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from utils.figures import ROLES
+from utils.hessian import blocks as blocks_of_hessian
 from utils.run.streams import numpy_generator
 
 STYLES = {
@@ -19,16 +20,7 @@ STYLES = {
     "prior": ROLES["bound"],
     "prior, measured": ROLES["tighter"],
 }
-SHORT = {
-    "attention.query": "Q",
-    "attention.key": "K",
-    "attention.value": "V",
-    "attention.out": "O",
-    "mlp.fc1": "W1",
-    "mlp.fc2": "W2",
-    "norm1": "LN1",
-    "norm2": "LN2",
-}
+SHORT = blocks_of_hessian.ROLES | {"norm1": "LN1", "norm2": "LN2"}
 
 
 def style(rung: str) -> dict:
@@ -53,6 +45,11 @@ def ladder(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """Bound against measured norm, and the decades that every rung loses, with its cost.
 
     table, summary  of `compare.Comparison.table` and `compare.summary`
+
+    >>> from utils.bounds.compare import summary
+    >>> row = {"rung": "prior", "ratio": 2.0, "products": 1.0, "bound": 2.0, "measured": 1.0}
+    >>> table = pd.DataFrame([row, row | {"bound": 6.0, "ratio": 3.0, "measured": 2.0}])
+    >>> plt.close(ladder(table, summary(table)))
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.3, 3.9))
     for rung in summary.index:
@@ -82,7 +79,11 @@ def ladder(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
 
 def growth(table: pd.DataFrame) -> Figure:
-    """One panel for each sweep of the table of `compare.growth`, one line for each rung."""
+    """One panel for each sweep of the table of `compare.growth`, one line for each rung.
+
+    >>> columns = {"sweep": "depth", "value": [1, 2], "rung": "prior", "log10": [1.0, 2.0]}
+    >>> plt.close(growth(pd.DataFrame(columns)))
+    """
     sweeps = list(table["sweep"].unique())
     figure, axes = plt.subplots(1, len(sweeps), figsize=(8.3, 3.2), sharey=True, squeeze=False)
     for ax, sweep in zip(axes[0], sweeps, strict=True):
@@ -119,6 +120,8 @@ def blocks(bound: np.ndarray, exact: np.ndarray, groups: Iterable[str], rung: st
 
     groups  of weights
     rung    of the bound
+
+    >>> plt.close(blocks(np.eye(2) + 1, np.eye(2) + 0.5, ["embed", "head"], "prior"))
     """
     names = labels(groups)
     floor = 1e-12 * exact.max()
@@ -140,6 +143,9 @@ def constants(summary: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Rungs (median over examples) and printed constants over the norm on one axis.
 
     summary, published  of `compare.summary` and `compare.published`
+
+    >>> published = pd.DataFrame({"constant": ["a constant"], "printed / exact": [0.5]})
+    >>> plt.close(constants(pd.DataFrame({"median": [2.0]}, ["prior"]), published))
     """
     figure, ax = plt.subplots(figsize=(8.3, 3.6))
     names = [shown(rung) for rung in summary.index] + list(published["constant"])
@@ -159,6 +165,9 @@ def misfit(norms: pd.DataFrame) -> Figure:
     """Norms of examples against q = 1 - exp(-loss).
 
     norms  columns part, q, value
+
+    >>> columns = {"part": "training", "q": [0.1, 0.5], "value": [1.0, 4.0]}
+    >>> plt.close(misfit(pd.DataFrame(columns)))
     """
     figure, ax = plt.subplots(figsize=(6.5, 3.6))
     for part, rows in norms.groupby("part", sort=False):
@@ -180,7 +189,7 @@ def misfit_power(norms: pd.DataFrame, seed: int) -> tuple[float, float, float]:
     norms  columns q, value
     seed   of the bootstrap
 
-    >>> q = np.array([0.1, 0.2, 0.5])
+    >>> q = np.geomspace(0.01, 1, 50)
     >>> round(misfit_power(pd.DataFrame({"q": q, "value": q**2}), 1)[1], 6)
     2.0
     """

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from utils.calculus.chain import Chain, read_chain
+from utils.calculus.checks import check_gradient, check_outputs
 from utils.calculus.tape import Tape
-from utils.networks.contract import check_labels, prepared_copy
-from utils.networks.losses import LOSSES, logits
+from utils.hessian.coordinates import select_parameters
+from utils.networks.contract import check_labels, prepared_copy, second_order_mode
+from utils.networks.losses import check_loss, logits, loss_from_logits
 
 ROUNDING = 1 + 1e-10  # covers that of sums of products of nonnegative numbers
 
@@ -87,8 +88,7 @@ def subject(
 
     Raises ValueError where something does not fit, Untraceable where the network cannot be read.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+    check_loss(loss)
     if len(x) != len(y) or len(x) == 0:
         raise ValueError(
             f"x has {len(x)} examples and y has {len(y)}: give as many labels as inputs, "
@@ -106,8 +106,12 @@ def subject(
     check_labels(y, output.shape, loss)
     names = [name for name, _ in twin.named_parameters()]
     tape = tape_of(twin, chain, x[:1], y[:1], loss, names)
-    if not torch.allclose(tape.values[chain.output], output, rtol=1e-6, atol=1e-9, equal_nan=True):
-        raise ValueError("The network's chain does not compute what the network does: report it.")
+    with torch.enable_grad(), second_order_mode():
+        value = loss_from_logits(logits(twin, x[:1]).double(), y[:1], loss).sum()
+        weights = [p.requires_grad_(True) for p in twin.parameters()]
+        found = torch.autograd.grad(value, weights, allow_unused=True)
+    check_outputs(tape, output)
+    check_gradient(tape, dict(zip(names, found, strict=True)))
     values = [t for t in tape.values.values() if t.ndim > 1]
     groups = list(dict.fromkeys(map(group_of, names)))
     return Subject(
@@ -125,12 +129,5 @@ def subject(
 
 def _kept(names: list[str], groups: list[str], patterns: list[str] | None) -> list[int]:
     """Indices of the groups with a parameter that matches."""
-    if patterns is not None:
-        names = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
-    chosen = set(map(group_of, names))
-    kept = [g for g, group in enumerate(groups) if group in chosen]
-    if not kept:
-        raise ValueError(
-            f"No parameter matches {patterns}: take patterns from the model's named_parameters."
-        )
-    return kept
+    chosen = set(map(group_of, select_parameters(names, patterns)))
+    return [g for g, group in enumerate(groups) if group in chosen]

@@ -19,7 +19,7 @@ from utils.bounds.subject import ROUNDING, Subject, group_of
 from utils.calculus.lemmas import spectral
 from utils.calculus.lowering import Step
 from utils.calculus.nodes.arrays import plus
-from utils.calculus.tape import Tape
+from utils.calculus.tape import Named, Tape
 
 Visit = Callable[[int, Tensor], None]
 
@@ -53,11 +53,11 @@ class Walk:
         self.complete = {i: [g for g in first if first[g] == i] for i in set(first.values())}
         self.zeros = self.tape.losses.new_zeros(self.m)
 
-    def back(self, rows: dict[str, Tensor], visit: Visit) -> None:
+    def back(self, rows: Named, visit: Visit) -> None:
         """Walk forms (k, *shape) of values, by name, back to the weights; visit(group, matrix) with
         the forms of all parameters of a group (k, numbers), once for each that is reached."""
         found = {name: t for name, t in rows.items() if name not in self.group}
-        weights: dict[int, dict[str, Tensor]] = {}
+        weights: dict[int, Named] = {}
         for name in rows.keys() - found.keys():
             self._at_weights(weights, name, rows[name])
         start = max((self.place[name] for name in found), default=-1)
@@ -68,7 +68,7 @@ class Walk:
             for group in self.complete.get(i, ()):
                 parts = weights.pop(group, None)
                 if parts:
-                    visit(group, torch.cat([t.flatten(1) for t in parts.values()], 1))
+                    visit(group, torch.cat([t.reshape(len(t), -1) for t in parts.values()], 1))
 
     def _step_back(self, step: Step, rows: Tensor, found: dict, weights: dict) -> None:
         wanted = self.tape.wanted[step.output]
@@ -85,7 +85,7 @@ class Walk:
         of_group = weights.setdefault(self.group[name], {})
         of_group[name] = plus(of_group.get(name), part)
 
-    def reach(self, rows: dict[str, Tensor]) -> Tensor:
+    def reach(self, rows: Named) -> Tensor:
         """||R dx/dw_g|| (m,) of the forms R of some values together."""
         norms = self.zeros.clone()
 
@@ -143,7 +143,7 @@ class Walk:
             norms = self.zeros.clone()
             norms[self.group[step.inputs[root]]] = 1.0
             return norms
-        rows: dict[str, Tensor] = {}
+        rows: Named = {}
         for name, part in zip(step.inputs, root, strict=True):
             if part is not None:
                 rows[name] = plus(rows.get(name), part)

@@ -58,11 +58,11 @@ def known_values(of: Subject, rows: Tensor, at: Situation) -> dict[str, Known]:
         group = of.groups.index(group_of(name))
         jet = Jet.parameter(group, m, like)
         value = t.detach()[None]
-        known[name] = Known(jet, tuple(t.shape), at.radius, value=value, group=group, data=False)
-    constants = {name: t[None] for name, t in of.model.named_buffers()} | of.chain.constants
-    for name, t in constants.items():
-        real = t.is_floating_point() or (name.startswith("number ") and t.dtype != torch.bool)
-        t = t.to(like) if real else t.to(like.device)
+        known[name] = Known(
+            jet, tuple(t.shape), at.radius, value=value, group=group, name=name, data=False
+        )
+    buffers = {name: t[None] for name, t in of.model.named_buffers()}
+    for name, t in (buffers | of.chain.constants_like(like)).items():
         known[name] = Known(at.still, tuple(t.shape[1:]), 0.0, value=t, data=False)
     x = of.x[rows][:, None]
     known[of.chain.input] = Known(at.still, tuple(x.shape[1:]), 0.0, value=x)

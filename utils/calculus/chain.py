@@ -43,6 +43,16 @@ class Chain:
     parameters: frozenset[str]
     casts: tuple[str, ...]
 
+    def constants_like(self, like: Tensor) -> dict[str, Tensor]:
+        """The constants on the device of `like`, those that are real in its dtype."""
+        real = {
+            name
+            for name, t in self.constants.items()
+            if t.is_floating_point() or (name.startswith("number ") and t.dtype != torch.bool)
+        }
+        constants = self.constants.items()
+        return {name: t.to(like if name in real else like.device) for name, t in constants}
+
 
 class _OneTensor(nn.Module):
     """The module with its output as one tensor: it, or its `.logits`."""
@@ -114,6 +124,12 @@ def _opened(node: fx.Node) -> bool:
     return isinstance(node.meta["val"], tuple | list)
 
 
+def forget(chain: Chain) -> None:
+    """Read the chain anew next time: it was not the network's."""
+    for key in [key for key, value in _kept.items() if value is chain]:
+        del _kept[key]
+
+
 # --- chains that were read before -----------------------------------------------------------------
 
 _kept: OrderedDict[tuple, Chain] = OrderedDict()
@@ -141,11 +157,16 @@ def _signature(model: nn.Module, x: Tensor) -> tuple | None:
             plain.append((key, described))
         tensors = [*module._parameters.items(), *module._buffers.items()]
         shapes = tuple(
-            (k, t if t is None else (tuple(t.shape), seen.setdefault(id(t), len(seen))))
+            (k, t if t is None else (tuple(t.shape), kind(t), seen.setdefault(id(t), len(seen))))
             for k, t in tensors
         )
         parts.append((name, type(module), type(module).forward, tuple(plain), shapes))
     return tuple(parts)
+
+
+def kind(t: Tensor) -> str:
+    """What a chain depends on of a tensor's type: real of any precision, or exactly which."""
+    return "real" if t.is_floating_point() else str(t.dtype)
 
 
 def _described(value: object) -> tuple | None:

@@ -3,26 +3,29 @@ Hessians."""
 
 from __future__ import annotations
 
+import math
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from utils.calculus.chain import Chain
-from utils.calculus.tape import Tape
+from utils.calculus.tape import Named, Tape
 from utils.calculus.trace import Untraceable
 from utils.run.streams import generator
 
 
-def check_chain(tape: Tape, output: Tensor) -> None:
-    """Check a chain by a few examples: their outputs, and once for each chain a symmetric Hessian.
+def check_chain(tape: Tape, output: Tensor, gradient: dict[str, Tensor | None]) -> None:
+    """Check a chain by a few examples: outputs, gradients, and once a symmetric Hessian.
 
-    tape    of the examples, one direction each
-    output  what the network itself gives for them (n, ...)
+    tape      of the examples, one direction each
+    output    what the network itself gives for them (n, ...)
+    gradient  of the sum of their losses by automatic differentiation, by parameter
 
     Raises Untraceable.
     """
     check_outputs(tape, output)
+    check_gradient(tape, gradient)
     if tape.chain in _symmetric:
         return
     if not symmetric(tape):
@@ -31,6 +34,32 @@ def check_chain(tape: Tape, output: Tensor) -> None:
 
 
 _symmetric: WeakSet[Chain] = WeakSet()
+
+
+def check_gradient(tape: Tape, gradient: dict[str, Tensor | None]) -> None:
+    """Raise Untraceable unless the chain's gradient is that of automatic differentiation.
+
+    What a trace loses shows here: blocks without gradient, backward functions of one's own, hooks.
+    gradient: of the sum of the losses of the tape's examples, by name; None is zero.
+    """
+    difference = 0.0
+    size = 0.0
+    for name, ours in tape.gradient().items():
+        theirs = gradient[name]
+        ours = 0.0 if ours is None else ours.sum(0)
+        theirs = torch.zeros(()) if theirs is None else theirs
+        difference += float((theirs - ours).square().sum())
+        size += float(theirs.square().sum())
+    if not math.isfinite(size):
+        return
+    narrow = bool(tape.chain.casts) or tape.losses.dtype != torch.float64
+    relative = 1e-3 if narrow else 1e-7
+    absolute = 1e-5 if narrow else 1e-11  # where all examples are fitted, gradients are rounding
+    if not difference**0.5 <= relative * size**0.5 + absolute:
+        raise Untraceable(
+            "The traced network has another gradient than the network: a block without gradient, "
+            "a backward function of its own, or a hook."
+        )
 
 
 def check_outputs(tape: Tape, output: Tensor) -> None:
@@ -44,6 +73,8 @@ def check_outputs(tape: Tape, output: Tensor) -> None:
     chain = tape.chain
     ours = tape.values[chain.output]
     ours = ours.expand(len(output), *ours.shape[1:]).reshape(output.shape)
+    if not output.isfinite().all():
+        return  # nothing can be said; whoever uses the numbers refuses them
     narrow = bool(chain.casts) or output.dtype != torch.float64
     error = (ours - output).abs().max()
     scale = output.abs().max().clamp_min(1e-30)
@@ -67,7 +98,7 @@ def asymmetry(tape: Tape, seed: int = 0) -> float:
     stream = generator("symmetry", seed)
     n = len(tape.losses)
 
-    def direction() -> dict[str, Tensor]:
+    def direction() -> Named:
         shapes = {name: tape.values[name].shape[1:] for name in tape.moving}
         drawn = {
             k: torch.randn(n, *s, generator=stream, dtype=torch.float64) for k, s in shapes.items()

@@ -35,7 +35,7 @@ from utils.calculus.nodes.shape import (
     Sum,
 )
 from utils.calculus.rewrite import FUNCTIONS, Composite
-from utils.calculus.trace import Trace, operator_name, place, shape_of
+from utils.calculus.trace import Trace, operator_name, place, shape_of, swapped_axes
 
 Kinds = dict[str, Callable[[fx.Node], Node]]  # nodes by the operator's name
 
@@ -72,19 +72,21 @@ class Lowering:
         self.numbers[name] = torch.as_tensor(value)
         return name
 
-    def add(self, node: Node, inputs: list, output: fx.Node | str, source: fx.Node) -> str:
+    def add(
+        self, node: Node, inputs: list, source: fx.Node, output: fx.Node | str | None = None
+    ) -> str:
         """Append the step output = node(inputs), values by name, fx node or number; returns the
-        name of its output. source: the fx node that it comes from."""
-        name = self.name(output)
+        name of its output, by default that of the fx node `source` that it comes from."""
+        name = self.name(source if output is None else output)
         names = tuple(self.name(value) for value in inputs)
         self.steps.append(Step(node, names, name, place(source)))
         return name
 
     def lower(self, node: fx.Node) -> None:
         """Append the steps of one operator, an fx node."""
-        name = operator_name(node) if not isinstance(node.target, Composite) else "composite"
+        name = operator_name(node)
         if name in self.kinds:
-            self.add(self.kinds[name](node), node.all_input_nodes, node, node)
+            self.add(self.kinds[name](node), node.all_input_nodes, node)
         elif name in OPERATORS and OPERATORS[name](self, node):
             pass
         elif isinstance(node.target, Composite) or name in FUNCTIONS | {"div"}:
@@ -102,44 +104,43 @@ def _arguments(node: fx.Node, *defaults: Any) -> list:
     return [*node.args, *defaults[len(node.args) :]][: len(defaults)]
 
 
+def _is_real(node: fx.Node) -> bool:
+    return node.meta["val"].is_floating_point()
+
+
 def _reshape(chain: Lowering, node: fx.Node) -> bool:
     x = node.args[0]
-    if shape_of(x) == shape_of(node) and not x.meta["val"].is_floating_point():
+    if not (_is_real(node) and _is_real(x)):
         return False  # a change of type, perhaps
-    if not node.meta["val"].is_floating_point() or not x.meta["val"].is_floating_point():
-        return False
-    chain.add(Reshape(shape_of(x), shape_of(node)), [x], node, node)
+    chain.add(Reshape(shape_of(x), shape_of(node)), [x], node)
     return True
 
 
 def _transpose(chain: Lowering, node: fx.Node) -> bool:
-    order = list(range(len(shape_of(node))))
-    i, j = (axis % len(order) for axis in node.args[1:])
-    order[i], order[j] = order[j], order[i]
-    chain.add(Permute(order), [node.args[0]], node, node)
+    chain.add(Permute(swapped_axes(node)), [node.args[0]], node)
     return True
 
 
 def _permute(chain: Lowering, node: fx.Node) -> bool:
     order = [axis % len(shape_of(node)) for axis in node.args[1]]
-    chain.add(Permute(order), [node.args[0]], node, node)
+    chain.add(Permute(order), [node.args[0]], node)
     return True
 
 
 def _turned(chain: Lowering, node: fx.Node) -> bool:
-    chain.add(Permute(range(len(shape_of(node)))[::-1]), [node.args[0]], node, node)
+    chain.add(Permute(range(len(shape_of(node)))[::-1]), [node.args[0]], node)
     return True
 
 
 def _expand(chain: Lowering, node: fx.Node) -> bool:
-    chain.add(Expand(shape_of(node.args[0]), shape_of(node)), [node.args[0]], node, node)
+    chain.add(Expand(shape_of(node.args[0]), shape_of(node)), [node.args[0]], node)
     return True
 
 
 def _select(chain: Lowering, node: fx.Node) -> bool:
     x, axis, index = node.args
     inner = shape_of(x)
-    chain.add(Select(inner, axis % len(inner), index), [x], node, node)
+    chain.add(Select(inner, axis % len(inner), index), [x], node)
     return True
 
 
@@ -147,9 +148,9 @@ def _narrow(chain: Lowering, node: fx.Node) -> bool:
     x, axis, start, end, step = _arguments(node, None, 0, None, None, 1)
     inner = shape_of(x)
     if shape_of(node) == inner:
-        chain.add(Reshape(inner, inner), [x], node, node)
+        chain.add(Reshape(inner, inner), [x], node)
     else:
-        chain.add(Select(inner, axis % len(inner), slice(start, end, step)), [x], node, node)
+        chain.add(Select(inner, axis % len(inner), slice(start, end, step)), [x], node)
     return True
 
 
@@ -158,9 +159,9 @@ def _concatenation(chain: Lowering, node: fx.Node) -> bool:
     parts = [part for part in parts if shape_of(part) != (0,)]  # torch lets an empty part be flat
     shapes = [shape_of(part) for part in parts]
     if len(parts) == 1:
-        chain.add(Reshape(shapes[0], shapes[0]), parts, node, node)
+        chain.add(Reshape(shapes[0], shapes[0]), parts, node)
         return True
-    chain.add(Concatenation(axis % len(shape_of(node)), shapes), list(parts), node, node)
+    chain.add(Concatenation(axis % len(shape_of(node)), shapes), list(parts), node)
     return True
 
 
@@ -173,16 +174,16 @@ def _part_of(chain: Lowering, node: fx.Node) -> bool:
     name = operator_name(whole)
     if name == "unbind":
         axis = (*whole.args[1:], whole.kwargs.get("dim", 0))[0] % len(inner)
-        chain.add(Select(inner, axis, i), [x], node, node)
+        chain.add(Select(inner, axis, i), [x], node)
     elif name in ("split", "split_with_sizes", "chunk"):
         axis = (*whole.args[2:], whole.kwargs.get("dim", 0))[0] % len(inner)
         start = sum(value.shape[axis] for value in whole.meta["val"][:i])
         chosen = slice(start, start + shape_of(node)[axis])
-        chain.add(Select(inner, axis, chosen), [x], node, node)
+        chain.add(Select(inner, axis, chosen), [x], node)
     else:
         function = _of_tensors(whole)
         output = Operator(lambda *t: function(*t)[i], place(whole))
-        chain.add(output, whole.all_input_nodes, node, whole)
+        chain.add(output, whole.all_input_nodes, whole, node)
     return True
 
 
@@ -190,11 +191,11 @@ def _total(chain: Lowering, node: fx.Node) -> bool:
     x, axes, keepdim = _arguments(node, None, None, False)
     inner = shape_of(x)
     axes = [axis % len(inner) for axis in axes or []] or list(range(len(inner)))
-    if not x.meta["val"].is_floating_point():
+    if not _is_real(x):
         return False
     count = math.prod(inner[axis] for axis in axes)
     scale = 1 / count if operator_name(node) == "mean" else 1.0
-    chain.add(Sum(inner, axes, keepdim, scale), [x], node, node)
+    chain.add(Sum(inner, axes, keepdim, scale), [x], node)
     return True
 
 
@@ -202,7 +203,7 @@ def _combination(chain: Lowering, node: fx.Node) -> bool:
     """add, sub, neg, and multiplication or division by a number."""
     name = operator_name(node)
     shape = shape_of(node)
-    if not node.meta["val"].is_floating_point():
+    if not _is_real(node):
         return False
     if name == "neg":
         terms, factors = [node.args[0]], [-1.0]
@@ -213,7 +214,7 @@ def _combination(chain: Lowering, node: fx.Node) -> bool:
         numbers = [a for a in node.args if not isinstance(a, fx.Node)]
         if not numbers:
             shapes = [shape_of(a) for a in node.args]
-            chain.add(Product(shape, shapes), list(node.args), node, node)
+            chain.add(Product(shape, shapes), list(node.args), node)
             return True
         terms, factors = node.all_input_nodes, numbers
     else:  # div
@@ -221,15 +222,15 @@ def _combination(chain: Lowering, node: fx.Node) -> bool:
             return False
         terms, factors = [node.args[0]], [1 / node.args[1]]
     shapes = [shape_of(term) for term in terms]
-    chain.add(Combination(shape, shapes, factors), terms, node, node)
+    chain.add(Combination(shape, shapes, factors), terms, node)
     return True
 
 
 def _linear(chain: Lowering, node: fx.Node) -> bool:
     shapes = [shape_of(a) for a in node.args]
-    if len(shapes[0]) < 2:
+    if len(shapes[0]) < 2 or len(shapes[1]) != 2 or shapes[2:] not in ([], [shapes[1][:1]]):
         return False
-    chain.add(Linear(shape_of(node), shapes), list(node.args), node, node)
+    chain.add(Linear(shape_of(node), shapes), list(node.args), node)
     return True
 
 
@@ -239,7 +240,9 @@ def _addmm(chain: Lowering, node: fx.Node) -> bool:
         return False
     inputs = [x, W, bias]
     shapes = [shape_of(a) for a in inputs]
-    chain.add(Linear(shape_of(node), shapes, turned=True), inputs, node, node)
+    if shapes[2] != shapes[1][1:]:
+        return False
+    chain.add(Linear(shape_of(node), shapes, turned=True), inputs, node)
     return True
 
 
@@ -252,7 +255,7 @@ def _matmul(chain: Lowering, node: fx.Node) -> bool:
         if len(shapes[1]) == 2
         else Matmul(shape_of(node), shapes)
     )
-    chain.add(kind, list(node.args), node, node)
+    chain.add(kind, list(node.args), node)
     return True
 
 
@@ -260,7 +263,7 @@ def _convolution(chain: Lowering, node: fx.Node) -> bool:
     """The patches that the kernel reads, then `Linear` on every place."""
     defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
     x, W, bias, stride, padding, dilation, groups = _arguments(node, *defaults)
-    if groups != 1 or isinstance(padding, str):
+    if groups != 1 or isinstance(padding, str) or len(shape_of(x)) != 4 or shape_of(x)[0] != 1:
         return False
     shape = shape_of(node)
     channels, *kernel = shape_of(W)
@@ -268,13 +271,13 @@ def _convolution(chain: Lowering, node: fx.Node) -> bool:
     places = math.prod(shape[2:])
     name = chain.name(node)
     options = {"stride": stride, "padding": padding, "dilation": dilation}
-    patches = chain.add(Patches(shape_of(x), kernel[1:], **options), [x], f"{name}.patches", node)
-    weight = chain.add(Reshape(shape_of(W), (channels, size)), [W], f"{name}.weight", node)
+    patches = chain.add(Patches(shape_of(x), kernel[1:], **options), [x], node, f"{name}.patches")
+    weight = chain.add(Reshape(shape_of(W), (channels, size)), [W], node, f"{name}.weight")
     inputs = [patches, weight] + ([bias] if bias is not None else [])
     shapes = [(1, places, size), (channels, size), (channels,)][: len(inputs)]
-    out = chain.add(Linear((1, places, channels), shapes), inputs, f"{name}.linear", node)
-    out = chain.add(Permute((0, 2, 1)), [out], f"{name}.turned", node)
-    chain.add(Reshape((1, channels, places), shape), [out], node, node)
+    out = chain.add(Linear((1, places, channels), shapes), inputs, node, f"{name}.linear")
+    out = chain.add(Permute((0, 2, 1)), [out], node, f"{name}.turned")
+    chain.add(Reshape((1, channels, places), shape), [out], node)
     return True
 
 
@@ -282,12 +285,12 @@ def _embedding(chain: Lowering, node: fx.Node) -> bool:
     W, index, padding = _arguments(node, None, None, -1)
     if node.args[4:5] == (True,) or len(shape_of(index)) == 0:
         return False
-    chain.add(Lookup(shape_of(W)[0], padding), [W, index], node, node)
+    chain.add(Lookup(shape_of(W)[0], padding), [W, index], node)
     return True
 
 
 def _softmax(chain: Lowering, node: fx.Node) -> bool:
-    chain.add(Softmax(node.args[1]), [node.args[0]], node, node)
+    chain.add(Softmax(node.args[1]), [node.args[0]], node)
     return True
 
 
@@ -308,14 +311,18 @@ def _rms_norm(chain: Lowering, node: fx.Node) -> bool:
 def _normalisation(
     chain: Lowering, node: fx.Node, x: fx.Node, kind: Node, gain: Any, bias: Any
 ) -> None:
-    if gain is None:
-        chain.add(kind, [x], node, node)
-        return
-    n = chain.add(kind, [x], f"{chain.name(node)}.n", node)
     shape = shape_of(node)
+    if gain is None and bias is None:
+        chain.add(kind, [x], node)
+        return
+    n = chain.add(kind, [x], node, f"{chain.name(node)}.n")
+    if gain is None:
+        shapes = [shape, shape_of(bias)]
+        chain.add(Combination(shape, shapes, (1.0, 1.0)), [n, bias], node)
+        return
     inputs = [n, gain] + ([bias] if bias is not None else [])
     shapes = [shape] + [shape_of(a) for a in inputs[1:]]
-    chain.add(Product(shape, shapes), inputs, node, node)
+    chain.add(Product(shape, shapes), inputs, node)
 
 
 def _group_norm(chain: Lowering, node: fx.Node) -> bool:
@@ -323,22 +330,24 @@ def _group_norm(chain: Lowering, node: fx.Node) -> bool:
     shape = shape_of(x)
     name = chain.name(node)
     rows = (shape[0], groups, math.prod(shape[1:]) // groups)
-    split = chain.add(Reshape(shape, rows), [x], f"{name}.rows", node)
-    n = chain.add(Normalisation(eps), [split], f"{name}.n", node)
+    if gain is None and bias is not None:
+        return False
+    split = chain.add(Reshape(shape, rows), [x], node, f"{name}.rows")
+    n = chain.add(Normalisation(eps), [split], node, f"{name}.n")
     if gain is None:
-        chain.add(Reshape(rows, shape), [n], node, node)
+        chain.add(Reshape(rows, shape), [n], node)
         return True
-    joined = chain.add(Reshape(rows, shape), [n], f"{name}.joined", node)
+    joined = chain.add(Reshape(rows, shape), [n], node, f"{name}.joined")
     column = (shape[1], *[1] * (len(shape) - 2))
     inputs = [joined]
     for label, parameter in (("gain", gain), ("bias", bias)):
         if parameter is not None:
             inputs.append(
                 chain.add(
-                    Reshape(shape_of(parameter), column), [parameter], f"{name}.{label}", node
+                    Reshape(shape_of(parameter), column), [parameter], node, f"{name}.{label}"
                 )
             )
-    chain.add(Product(shape, [shape, column, column][: len(inputs)]), inputs, node, node)
+    chain.add(Product(shape, [shape, column, column][: len(inputs)]), inputs, node)
     return True
 
 
@@ -346,7 +355,7 @@ def _masked_fill(chain: Lowering, node: fx.Node) -> bool:
     x, mask, value = node.args
     if isinstance(value, fx.Node):
         return False
-    chain.add(Mask(shape_of(node), float(value), keep=False), [x, mask], node, node)
+    chain.add(Mask(shape_of(node), float(value), keep=False), [x, mask], node)
     return True
 
 
@@ -359,24 +368,24 @@ def _attention(chain: Lowering, node: fx.Node) -> bool:
         return False
     name = chain.name(node)
     of_q, of_k, of_v = (shape_of(t) for t in (q, k, v))
-    scale = node.kwargs.get("scale") or 1 / math.sqrt(of_q[-1])
+    scale = node.kwargs.get("scale")
+    scale = 1 / math.sqrt(of_q[-1]) if scale is None else scale
     rank = len(of_k)
     keys = (*of_k[:-2], of_k[-1], of_k[-2])
     scores = (*shape_of(node)[:-1], of_k[-2])
-    k = chain.add(Permute((*range(rank - 2), rank - 1, rank - 2)), [k], f"{name}.keys", node)
-    q = chain.add(Combination(of_q, [of_q], [scale]), [q], f"{name}.queries", node)
-    T = chain.add(Matmul(scores, [of_q, keys]), [q, k], f"{name}.scores", node)
+    k = chain.add(Permute((*range(rank - 2), rank - 1, rank - 2)), [k], node, f"{name}.keys")
+    q = chain.add(Combination(of_q, [of_q], [scale]), [q], node, f"{name}.queries")
+    T = chain.add(Matmul(scores, [of_q, keys]), [q, k], node, f"{name}.scores")
     if causal:
         mask = f"{name}.causal"
         chain.numbers[mask] = torch.ones(scores[-2:], dtype=torch.bool).tril()
-        T = chain.add(Mask(scores, -math.inf), [T, mask], f"{name}.masked", node)
-    elif mask is not None and mask.meta["val"].dtype == torch.bool:
-        T = chain.add(Mask(scores, -math.inf), [T, mask], f"{name}.masked", node)
+    if causal or (mask is not None and not _is_real(mask)):
+        T = chain.add(Mask(scores, -math.inf), [T, mask], node, f"{name}.masked")
     elif mask is not None:
         both = Combination(scores, [scores, shape_of(mask)], [1.0, 1.0])
-        T = chain.add(both, [T, mask], f"{name}.masked", node)
-    A = chain.add(Softmax(-1), [T], f"{name}.rows", node)
-    chain.add(Matmul(shape_of(node), [scores, of_v]), [A, v], node, node)
+        T = chain.add(both, [T, mask], node, f"{name}.masked")
+    A = chain.add(Softmax(-1), [T], node, f"{name}.rows")
+    chain.add(Matmul(shape_of(node), [scores, of_v]), [A, v], node)
     return True
 
 
@@ -432,7 +441,10 @@ LINEAR = frozenset(
 def _elementwise(chain: Lowering, node: fx.Node) -> None:
     """A function entry by entry; of GELU and ReLU the derivatives are known."""
     inputs = node.all_input_nodes
-    name = operator_name(node) if not isinstance(node.target, Composite) else "composite"
+    if any(a.meta["val"].is_complex() for a in (node, *inputs)):
+        _operator(chain, node)
+        return
+    name = operator_name(node)
     if node.kwargs.get("approximate") == "tanh":
         name = "gelu_tanh"
     shapes = [shape_of(a) for a in inputs]
@@ -440,16 +452,16 @@ def _elementwise(chain: Lowering, node: fx.Node) -> None:
     slopes = elementwise.SLOPES.get(name)
     function = _of_tensors(node)
     kind = Elementwise(function, shape_of(node), shapes, derivatives, slopes, place(node))
-    chain.add(kind, inputs, node, node)
+    chain.add(kind, inputs, node)
 
 
 def _operator(chain: Lowering, node: fx.Node) -> None:
     """Anything else; of one real tensor and constant indices, perhaps a linear map."""
     inputs = node.all_input_nodes
-    real = [a for a in inputs if a.meta["val"].is_floating_point()]
+    real = [a for a in inputs if _is_real(a)]
     linear = operator_name(node) in LINEAR and len(real) == 1
     kind = LinearOperator if linear else Operator
-    chain.add(kind(_of_tensors(node), place(node)), inputs, node, node)
+    chain.add(kind(_of_tensors(node), place(node)), inputs, node)
 
 
 def _of_tensors(node: fx.Node) -> Callable[..., Tensor]:

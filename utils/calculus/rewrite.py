@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from utils.calculus.trace import operator_name, shape_of
+from utils.calculus.trace import operator_name, shape_of, swapped_axes
 
 aten = torch.ops.aten
 ARITHMETIC = {"add", "sub", "mul", "div", "neg", "rsub"}
@@ -72,8 +72,8 @@ def fuse_elementwise(graph: fx.Graph) -> None:
 
 
 def is_tanh_gelu(function: Composite) -> bool:
-    """Whether sums, products and powers around one tanh are GELU's approximation: by its values,
-    which only that polynomial in its argument and in front of it gives."""
+    """Whether a function of sums, products and powers around one tanh is GELU's approximation: by
+    its values, which only that polynomial in its argument and in front of it gives."""
     names = function.__name__.split("+")
     if names.count("tanh") != 1 or not set(names) <= {"tanh", "add", "mul", "pow", "div"}:
         return False
@@ -187,9 +187,8 @@ def _pushed(graph: fx.Graph, narrow: fx.Node) -> bool:
     """Replace narrow(op(...)) by op(narrow(...)) if that is possible."""
     source, axis, start, *_ = narrow.args
     axis %= len(shape_of(source))
-    same = [
-        user for user in source.users if _is(user, "slice") and user.args[:4] == narrow.args[:4]
-    ]
+    start %= shape_of(source)[axis]
+    same = [user for user in source.users if _is_narrow(user) and user.args[:4] == narrow.args[:4]]
     if len(same) > 1:  # equal selections are one
         narrow = min(same, key=list(graph.nodes).index)
         for other in same:
@@ -241,10 +240,7 @@ def _input_axes(node: fx.Node, axis: int) -> dict[int, int] | None:
     if name == "matmul" and min(len(shape_of(a)) for a in node.args) >= 2:
         return _matmul_axes(node, axis, rank)
     if name == "transpose":
-        order = list(range(rank))
-        i, j = (a % rank for a in node.args[1:])
-        order[i], order[j] = order[j], order[i]
-        return {0: order[axis]}
+        return {0: swapped_axes(node)[axis]}
     if name == "permute":
         return {0: node.args[1][axis] % rank}
     if name in ("view", "_unsafe_view", "reshape"):

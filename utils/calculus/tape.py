@@ -88,9 +88,7 @@ class Tape:
     def _constants(self, point: Named, x: Tensor) -> Named:
         like = self._like(point)
         values = {name: t[None] for name, t in point.items()}
-        for name, t in self.chain.constants.items():
-            real = t.is_floating_point() or (name.startswith("number ") and t.dtype != torch.bool)
-            values[name] = t.to(like) if real else t.to(like.device)
+        values |= self.chain.constants_like(like)
         values[self.chain.input] = x[:, None]
         return values
 
@@ -102,7 +100,8 @@ class Tape:
                 value = value.to(dtype)
             self.values[step.output] = value
             moves = [name in alive for name in step.inputs]
-            if any(moves):
+            smooth = value.is_floating_point() or value.is_complex()
+            if any(moves) and smooth:
                 alive.add(step.output)
                 self.saved[step.output] = saved
                 self.wanted[step.output] = tuple(
@@ -121,8 +120,7 @@ class Tape:
             lam = found.get(step.output)
             wanted = self._parts(step, leaves=False)
             if lam is not None and any(wanted):
-                parts = step.node.adjoint(self.saved[step.output], lam, wanted)
-                self._collect(found, step, parts, wanted)
+                self._pull(found, step, lam, wanted)
         return found
 
     def _parts(self, step: Step, leaves: bool) -> Wanted:
@@ -146,9 +144,13 @@ class Tape:
                     continue
                 self._collect(found, step, form(dz, tangents.get(step.output)), wanted)
             if mu is not None:
-                parts = step.node.adjoint(self.saved[step.output], mu, wanted)
-                self._collect(found, step, parts, wanted)
+                self._pull(found, step, mu, wanted)
         return found
+
+    def _pull(self, found: Named, step: Step, lam: Tensor, wanted: Wanted) -> None:
+        """Add D phi^T lam of a step to what was found of its inputs."""
+        parts = step.node.adjoint(self.saved[step.output], lam, wanted)
+        self._collect(found, step, parts, wanted)
 
     @staticmethod
     def _collect(found: Named, step: Step, parts: tuple, wanted: Wanted) -> None:
@@ -167,8 +169,7 @@ class Tape:
                 lam = self.adjoints.get(step.output)
                 wanted = self._parts(step, leaves=True)
                 if lam is not None and any(wanted):
-                    parts = step.node.adjoint(self.saved[step.output], lam, wanted)
-                    self._collect(found, step, parts, wanted)
+                    self._pull(found, step, lam, wanted)
             self._gradient = self._by_parameter(found)
         return self._gradient
 
@@ -296,8 +297,8 @@ class Tape:
 def log_dot(a: Tensor, b: Tensor) -> Tensor:
     """log <a, b> (n,) of arrays a, b (n, ...), -inf where it is not positive; the products do not
     underflow."""
-    a = a.flatten(1)
-    b = b.flatten(1)
+    a = a.reshape(len(a), -1)
+    b = b.reshape(len(b), -1)
     sizes = [t.abs().amax(1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny) for t in (a, b)]
     dot = (a / sizes[0] * (b / sizes[1])).sum(1).clamp_min(0)
     return dot.log() + sizes[0][:, 0].log() + sizes[1][:, 0].log()

@@ -65,6 +65,14 @@ def shape_of(value: object) -> tuple[int, ...]:
     return tuple(value.meta["val"].shape) if isinstance(value, fx.Node) else ()
 
 
+def swapped_axes(node: fx.Node) -> list[int]:
+    """The order of the axes after a transposition, an fx node."""
+    order = list(range(len(shape_of(node))))
+    i, j = (axis % len(order) for axis in node.args[1:])
+    order[i], order[j] = order[j], order[i]
+    return order
+
+
 def trace(model: nn.Module, x: Tensor) -> Trace:
     """Trace a module in evaluation mode at its first example.
 

@@ -29,7 +29,10 @@ ROLES = {  # of the modules of a transformer's block
 }
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
+Groups = dict[str, list[str]]  # label -> names or patterns of parameters
+
+
+def parameter_groups(model: nn.Module) -> Groups:
     """Groups of parameters, label -> names: what the block matrix of norms is taken over.
 
     model  the network
@@ -41,7 +44,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
     >>> parameter_groups(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()))
     {'0': ['0.weight', '0.bias']}
     """
-    groups: dict[str, list[str]] = {}
+    groups: Groups = {}
     for name, _ in model.named_parameters():
         owner = name.rpartition(".")[0] or name
         label = _label(owner) if isinstance(model, ViT) else owner
@@ -91,7 +94,7 @@ def hessian_block_norms(
     y: Tensor,
     loss: str = "cross_entropy",
     *,
-    groups: dict[str, list[str]] | None = None,
+    groups: Groups | None = None,
     tolerance: float = 1e-2,
     max_steps: int = 20,
     seed: int = 0,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
+
+Named = dict[str, Tensor]
+Operator = Callable[[Tensor], Tensor]  # v (P,) -> A v
 
 
 def select_parameters(names: Iterable[str], patterns: Iterable[str] | None) -> list[str]:
@@ -46,11 +49,11 @@ class Coordinates:
     (6, torch.Size([5, 2, 3]))
     """
 
-    point: dict[str, Tensor]
-    rest: dict[str, Tensor]
+    point: Named
+    rest: Named
     P: int
 
-    def move(self, named: dict[str, Tensor], parameters: list[str] | None) -> None:
+    def move(self, named: Named, parameters: list[str] | None) -> None:
         """Let the tensors of `named` move that `parameters` mean (`select_parameters`)."""
         chosen = set(select_parameters(named, parameters))
         self.point = {n: t.detach() for n, t in named.items() if n in chosen}
@@ -62,7 +65,7 @@ class Coordinates:
         """The weights as one vector (P,)."""
         return torch.cat([t.reshape(-1) for t in self.point.values()])
 
-    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+    def unflatten(self, v: Tensor) -> Named:
         """v (..., P) -> tensors by name, leading axes kept."""
         parts = v.split([t.numel() for t in self.point.values()], dim=-1)
         pairs = zip(parts, self.point.items(), strict=True)

@@ -66,6 +66,7 @@ class Differentiation:
     def __init__(self, model: nn.Module, loss: str):
         self.net = Logits(model)
         self.loss = loss
+        self.dtype = next(model.parameters()).dtype
         self.engine = ""
 
     def logits(self, point: Point, x: Tensor) -> Tensor:
@@ -75,7 +76,10 @@ class Differentiation:
 
     def losses(self, point: Point, x: Tensor, y: Tensor) -> Tensor:
         """Losses (n,) at `point` of x and y."""
-        return loss_from_logits(self.logits(point, x), y, self.loss)
+        f = self.logits(point, x)
+        if f.dtype != self.dtype and f.is_floating_point():
+            f = f.to(self.dtype)  # a network that names a type for its output
+        return loss_from_logits(f, y, self.loss)
 
     def gradient(self, point: Point, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Point]:
         """The sum of the losses of x and y at `point` times `weights` (n,), and its gradient by

@@ -14,14 +14,14 @@ Hessian in them, and the functional part, the rest: part "full", "gauss_newton" 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from utils.calculus import Chain, Tape, Untraceable, read_chain
+from utils.calculus import Chain, Tape, read_chain
+from utils.calculus.chain import forget
 from utils.calculus.checks import check_chain
-from utils.hessian.coordinates import Coordinates
+from utils.hessian.coordinates import Coordinates, Operator
 from utils.hessian.differentiation import Differentiation, check_part
 from utils.hessian.memory import KEPT, MEMORY, WALK, activation_numbers
 from utils.networks.contract import (
@@ -30,7 +30,7 @@ from utils.networks.contract import (
     refuse_random_or_batch_dependent,
     second_order_mode,
 )
-from utils.networks.losses import LOSSES
+from utils.networks.losses import check_loss
 
 
 class Losses(Coordinates):
@@ -73,8 +73,7 @@ class Losses(Coordinates):
                 f"x has {len(x)} samples and y has {len(y)}: "
                 "give as many labels as inputs, at least one."
             )
-        if loss not in LOSSES:
-            raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+        check_loss(loss)
         first = next(model.parameters(), None)
         if first is None:
             raise ValueError("The model has no parameters: give one that has weights.")
@@ -118,8 +117,15 @@ class Losses(Coordinates):
             self.chain = read_chain(self.model, self.x)
             few = self._rows(None)[:8]
             tape = self._tape(dict(self.model.named_parameters()), few)
-            check_chain(tape, self._automatic.logits({}, self.x[few]))
-        except (Untraceable, RuntimeError, NotImplementedError) as reason:
+            point = dict(self.model.named_parameters())
+            ones = self.w.new_ones(len(few))
+            gradient = self._automatic.gradient(point, self.x[few], self.y[few], ones)[1]
+            check_chain(tape, self._automatic.logits({}, self.x[few]), gradient)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as reason:  # of any kind, from an operator that cannot run like this
+            if self.chain is not None:
+                forget(self.chain)
             self.chain = None  # an operator that vmap has no rule for raises RuntimeError
             self.untraced = str(reason).splitlines()[0]
 
@@ -221,7 +227,7 @@ class Losses(Coordinates):
         rows: Tensor | None = None,
         part: str = "full",
         weights: Tensor | None = None,
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Operator:
         """The map v (P,) -> H v (P,), H the Hessian at w of the mean loss over `rows`, or a `part`.
 
         With `weights` (m,), H is that of the weighted sum of their losses. A call costs about two
@@ -240,7 +246,7 @@ class Losses(Coordinates):
         product = of_chunk(point, pairs, part)
         return lambda v: product(torch.as_tensor(v)) / count
 
-    def _by_chain(self, point: dict, pairs: list, part: str) -> Callable[[Tensor], Tensor]:
+    def _by_chain(self, point: dict, pairs: list, part: str) -> Operator:
         kept = len(pairs[0][0]) * KEPT * self._activations() * self.w.element_size()
         room = max(1, self.memory // (kept + 1))
         tapes = [self._tape(point, r, c) for r, c in pairs[:room]]
@@ -256,9 +262,7 @@ class Losses(Coordinates):
 
         return product
 
-    def _by_differentiation(
-        self, point: dict, pairs: list, part: str
-    ) -> Callable[[Tensor], Tensor]:
+    def _by_differentiation(self, point: dict, pairs: list, part: str) -> Operator:
         def product(v: Tensor) -> Tensor:
             direction = self.unflatten(v)
             found = (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.hessian import pyhessian
+from utils.hessian.coordinates import Operator
 from utils.hessian.differentiation import refuse_not_finite
 from utils.hessian.lanczos import Ritz, certified_upper, lanczos, normalise, uniform_start
 from utils.hessian.losses import Losses, SampleHessians
@@ -159,7 +160,7 @@ def _settled_norms(
 
 
 def operator_norm(
-    product: Callable[[Tensor], Tensor],
+    product: Operator,
     start: Tensor,
     *,
     tolerance: float,

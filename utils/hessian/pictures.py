@@ -17,6 +17,9 @@ def picture_of_examples(table: pd.DataFrame) -> Figure:
     """Histogram of the examples' norms, and norm against loss.
 
     table  columns part, value (norm) and loss
+
+    >>> table = pd.DataFrame({"part": "training", "value": [1.0, 2.0], "loss": [0.1, 0.2]})
+    >>> plt.close(picture_of_examples(table))
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     decades = np.log10(table["value"].clip(lower=1e-12))
@@ -40,6 +43,9 @@ def picture_of_pyhessian(table: pd.DataFrame) -> Figure:
     """Error of PyHessian's values against the residual of its vectors.
 
     table  of `compare_on_examples`, with a column matrix
+
+    >>> row = {"estimator": "pyhessian alone", "matrix": "H", "value": 1.0, "residual": 0.1}
+    >>> plt.close(picture_of_pyhessian(pd.DataFrame([row | {"error": 1e-3}])))
     """
     figure, ax = plt.subplots(figsize=(6.4, 3.6))
     theirs = table[table["estimator"] == "pyhessian alone"]
@@ -62,6 +68,11 @@ def picture_of_differences(norms: pd.DataFrame, n: int, M: float, label: str) ->
     n      examples of the limit
     M      the constant of 2 M / (k + 1), the papers' bound of the step
     label  what M is taken over
+
+    >>> matrices = ("H_k", "H_k - H_n", "H_k+1 - H_k")
+    >>> columns = {"k": [1, 2], "value": [2.0, 1.0]}
+    >>> norms = pd.concat(pd.DataFrame(columns | {"matrix": m}) for m in matrices)
+    >>> plt.close(picture_of_differences(norms, n=4, M=2.0, label="the training part"))
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.7))
     roles = {"H_k": "control", "H_k - H_n": "measured", "H_k+1 - H_k": "tighter"}
@@ -91,6 +102,9 @@ def picture_of_blocks(blocks: dict[str, pd.DataFrame], k: int) -> Figure:
 
     blocks  label -> norms by row and column
     k       examples of the mean
+
+    >>> block = pd.DataFrame([[1.0, 0.1], [0.1, 1.0]])
+    >>> plt.close(picture_of_blocks({"untrained": block, "trained": block}, k=4))
     """
     logs = {label: np.log10(b.where(b > 1e-12 * b.to_numpy().max())) for label, b in blocks.items()}
     everything = np.concatenate([v.to_numpy().ravel() for v in logs.values()])
@@ -111,6 +125,11 @@ def picture_of_spectrum(counts: pd.DataFrame, P: int) -> Figure:
 
     counts  of `SpectralDensity.rows`, with columns probes, steps, k
     P       eigenvalues there are
+
+    >>> columns = {"threshold": [0.1, 1.0], "count": [3, 1], "low": [2, 0], "high": [4, 2]}
+    >>> columns |= {"probes": 2, "steps": 5, "k": 10}
+    >>> counts = pd.concat(pd.DataFrame(columns | {"sign": sign}) for sign in (1, -1))
+    >>> plt.close(picture_of_spectrum(counts, P=9))
     """
     figure, ax = plt.subplots(figsize=(6.6, 3.7))
     for sign, role, label in ((1, "measured", "above t"), (-1, "bound", "below -t")):

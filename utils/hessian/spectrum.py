@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from utils.hessian import pyhessian
+from utils.hessian.coordinates import Operator
 from utils.hessian.differentiation import refuse_not_finite
 from utils.hessian.lanczos import lanczos, uniform_start
 from utils.hessian.losses import Losses
@@ -175,9 +176,7 @@ def spectral_density(
     return SpectralDensity(nodes, weights, losses.P)
 
 
-def _quadrature(
-    H: Callable[[Tensor], Tensor], start: Tensor, steps: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _quadrature(H: Operator, start: Tensor, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights (steps,) from one start; an exhausted space repeats a node at weight 0."""
     ritz = lanczos(
         lambda V, rows, out: H(V[0])[None],

@@ -25,6 +25,7 @@ def build_model(kind: str, **sizes: int | float | str | bool) -> nn.Module:
 
     kind   "vit" or "mlp"
     sizes  the fields of its configuration, `ViTConfig` or `MLPConfig`
+
     Raises ValueError for another kind, and for sizes that do not fit.
 
     >>> build_model("mlp", d_in=8, width=5, depth=0, n_classes=3).layers[0].weight.shape
@@ -46,6 +47,7 @@ def build_for_data(spec: str, info: dict, **sizes: int | float | str | bool) -> 
            takes no sizes and returns an `nn.Module`
     info   of the data set (`Dataset.info`): its "input_shape" and "n_classes" complete `sizes`
     sizes  of which each kind takes what it has; for "mlp" the width is `d_model`
+
     Raises ValueError for another spec, for sizes that do not fit the data, and where PATH.py has
     no such function.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,12 +41,26 @@ def prepared_copy(
     """A copy of `model` in eval mode and in `dtype`, all its weights free to move.
 
     device  of the copy; default: where the model is
-    The model handed in keeps its `.grad`, modes and frozen weights.
+
+    The model handed in keeps its `.grad`, modes and frozen weights. Complex buffers stay complex.
+    Raises ValueError for complex weights.
 
     >>> prepared_copy(nn.Linear(2, 3)).weight.dtype
     torch.float64
     """
-    twin = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+    for name, p in model.named_parameters():
+        if p.is_complex():
+            raise ValueError(f"{name} is complex: split it into its real and imaginary part.")
+    twin = copy.deepcopy(model)
+    waves = {name: b for name, b in twin.named_buffers() if b.is_complex()}
+    waves = {name: b.clone() for name, b in waves.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would take the real part; it is put back below
+        twin = twin.to(device=device, dtype=dtype).eval()
+    for name, b in waves.items():
+        owner, _, last = name.rpartition(".")
+        wide = b.to(device=device, dtype=torch.promote_types(dtype, torch.complex64))
+        setattr(twin.get_submodule(owner), last, wide)
     for p in twin.parameters():
         p.grad = None
         p.requires_grad_(True)
@@ -95,7 +110,7 @@ def _refuse_modules(model: nn.Module) -> None:
 
 
 def refuse_dropout(model: nn.Module) -> None:
-    """Raise ValueError where a layer would drop units in training, which here has none.
+    """Raise ValueError where a layer of the model drops units in training, which here has none.
 
     >>> refuse_dropout(nn.Dropout(0.0))
     """

@@ -19,6 +19,15 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+def check_loss(loss: str) -> None:
+    """Raise ValueError unless `loss` is one of `LOSSES`.
+
+    >>> check_loss("mse")
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+
+
 def loss_from_logits(f: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tensor:
     """Loss (n,) of each example, from its logits and labels.
 
@@ -27,11 +36,13 @@ def loss_from_logits(f: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tenso
           targets of the shape of f
     loss  "cross_entropy" [nat], the mean over an example's tokens; or "mse", the mean square of
           f - one-hot(y), or of f - y
+
     Raises ValueError for another loss.
 
     >>> loss_from_logits(torch.zeros(1, 2), torch.tensor([1]))
     tensor([0.6931])
     """
+    check_loss(loss)
     if loss == "cross_entropy":
         of_label = f.gather(-1, y.clamp_min(0)[..., None])[..., 0]
         loss_of_token = f.logsumexp(-1) - of_label
@@ -39,8 +50,6 @@ def loss_from_logits(f: Tensor, y: Tensor, loss: str = "cross_entropy") -> Tenso
             return loss_of_token
         counts = y != IGNORED
         return (counts * loss_of_token).sum(1) / counts.sum(1).clamp_min(1)
-    if loss == "mse":
-        if not y.is_floating_point():
-            y = (y[..., None] == torch.arange(f.shape[-1], device=f.device)).to(f.dtype)
-        return (f - y.reshape(f.shape)).square().flatten(1).mean(1)
-    raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}.")
+    if not y.is_floating_point():
+        y = (y[..., None] == torch.arange(f.shape[-1], device=f.device)).to(f.dtype)
+    return (f - y.reshape(f.shape)).square().flatten(1).mean(1)

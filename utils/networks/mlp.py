@@ -16,6 +16,7 @@ class MLPConfig:
 
     activation  "gelu", "gelu_tanh" or "relu", after every layer but the last
     bias        whether the layers have one
+
     Raises ValueError where a size is too small or the activation is another.
     """
 

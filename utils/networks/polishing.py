@@ -13,6 +13,7 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from utils.hessian import Losses
+from utils.hessian.coordinates import Operator
 from utils.hessian.norms import operator_norm
 
 ROUND = 60  # L-BFGS iterations of a round
@@ -26,6 +27,7 @@ class Objective:
     losses  L_n, which computes in its own dtype and on its own device
     centre  (P,), in the dtype and on the device of the w that will be given
     l2      weight of the penalty [1]
+
     Source: (eq:objective).
 
     >>> losses = Losses(torch.nn.Linear(2, 2), torch.ones(3, 2), torch.tensor([0, 1, 1]))
@@ -45,7 +47,7 @@ class Objective:
         penalty = 0.5 * self.l2 * move.square().sum()
         return loss.item() + penalty.item(), gradient.to(w) + self.l2 * move
 
-    def hessian(self, w: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    def hessian(self, w: Tensor, rows: Tensor) -> Operator:
         """The map v (P,) -> (H + l2) v, H the Hessian at `w` of the mean loss over `rows`."""
         curvature = self.losses.hessian(w.to(self.losses.w), rows)
         return lambda v: curvature(v.to(self.losses.w)).to(v) + self.l2 * v

@@ -12,6 +12,8 @@ from utils.networks.build import build_for_data, build_model
 from utils.networks.mlp import MLP
 from utils.networks.vit import ViT
 
+State = dict[str, Tensor]  # by name
+
 
 def describe(model: nn.Module, spec: str) -> dict:
     """What `restore` needs beside the weights: the `spec` that built the `model`, and its sizes.
@@ -40,11 +42,12 @@ def untrained(description: dict, info: dict) -> nn.Module:
     return build_model(description["model"], **description["config"])
 
 
-def restore(description: dict, state: dict[str, Tensor], info: dict) -> nn.Module:
+def restore(description: dict, state: State, info: dict) -> nn.Module:
     """The trained network from the `description` that `describe` wrote and its weights.
 
     state  tensors by name, as `read_weights` gives them
     info   of the data set (`Dataset.info`)
+
     Raises ValueError where the tensors do not fit.
 
     >>> model = build_model("mlp", d_in=8, width=5, depth=0, n_classes=3)
@@ -55,7 +58,7 @@ def restore(description: dict, state: dict[str, Tensor], info: dict) -> nn.Modul
     return load_state(untrained(description, info), state)
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
+def read_weights(path: str) -> State:
     """Tensors by name from the .safetensors file `path`.
 
     Raises ValueError where it is not there or not whole.
@@ -74,7 +77,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise ValueError(message) from None
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+def load_state(model: nn.Module, state: State) -> nn.Module:
     """Copy the tensors `state` by name into the `model`, which takes their dtype, and return it.
 
     Raises ValueError where names or shapes differ.

@@ -83,6 +83,7 @@ def train(
     threshold      of the gradient's norm, in place of `stopping_rule`
     seed           of the order of the examples
     progress       called with a line of text an epoch or an iteration
+
     Raises ValueError for a random or batch-dependent model, for one without a parameter that moves,
     and where the objective stops being finite. Source: (eq:objective).
 

@@ -10,12 +10,11 @@ import pandas as pd
 from scipy.stats import beta
 from scipy.stats import t as student
 
+from utils.surface.intervals import Estimate
 from utils.surface.verdicts import verdict
 
 
-def over_seeds(
-    values: pd.Series, seeds: pd.Series, level: float = 0.95
-) -> tuple[float, float, float]:
+def over_seeds(values: pd.Series, seeds: pd.Series, level: float = 0.95) -> Estimate:
     """Mean over seeds with its t interval; runs of one seed count as one.
 
     values  one a run
@@ -53,7 +52,7 @@ def share_interval(hits: float, trials: float, miss: float = 0.05) -> tuple[floa
     return float(low), float(high)
 
 
-def shares_over_seeds(runs: pd.DataFrame) -> tuple[float, float, float]:
+def shares_over_seeds(runs: pd.DataFrame) -> Estimate:
     """Share of hits over runs with its 95 % binomial interval.
 
     Runs of one seed together count as one: hits and trials are means over them.
@@ -158,7 +157,7 @@ def beside_published(
     return pd.DataFrame(rows)
 
 
-def _pooled_numbers(runs: pd.DataFrame, how: str) -> tuple[float, float, float]:
+def _pooled_numbers(runs: pd.DataFrame, how: str) -> Estimate:
     """Value, low and high of one claim over its runs."""
     if how == "counts":
         return shares_over_seeds(runs)

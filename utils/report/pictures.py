@@ -11,10 +11,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from utils.figures import ROLES, band
+from utils.hessian.pictures import COLOURS
+from utils.surface.pictures import LOOKS, SAMPLES
 
-LOOKS = ("measured", "control", "tighter", "bound")
-PARTS = {"training": "#0173B2", "calibration": "#029E73", "held-out": "#D55E00"}
-SAMPLES = "k [samples]"
 RADIUS = "distance from w0 [fraction of |w0|]"
 
 
@@ -23,6 +22,9 @@ def ladder(bounds: pd.DataFrame, rungs: Sequence[str]) -> Figure:
 
     bounds  bounds.csv of all runs, norms of 0 left out
     rungs   their names
+
+    >>> columns = {"rung": "prior", "measured": [1.0, 2.0], "bound": [2.0, 4.0]}
+    >>> plt.close(ladder(pd.DataFrame(columns), ["prior"]))
     """
     figure, ax = plt.subplots(figsize=(8, 4.2))
     for rung, colour in zip(rungs, sns.color_palette("colorblind", len(rungs)), strict=True):
@@ -41,11 +43,14 @@ def norms(table: pd.DataFrame) -> Figure:
     """The distribution of the examples' norms, by part.
 
     table  per_sample_norms.csv of all runs
+
+    >>> columns = {"part": ["training", "calibration", "held-out"], "value": [1.0, 2.0, 3.0]}
+    >>> plt.close(norms(pd.DataFrame(columns)))
     """
     figure, ax = plt.subplots(figsize=(7, 3.6))
     positive = np.log10(table.loc[table["value"] > 0, "value"])
     edges = np.linspace(positive.min(), positive.max(), 30)
-    for part, colour in PARTS.items():
+    for part, colour in COLOURS.items():
         values = table.loc[table["part"] == part, "value"]
         zeros = f", of which {(values == 0).sum()} are 0" if (values == 0).any() else ""
         look = {"histtype": "step", "linewidth": 1.7, "color": colour}
@@ -61,6 +66,11 @@ def attention(sides: pd.DataFrame) -> Figure:
     """Attention's blocks before and after training, a point a layer of a run.
 
     sides  of `attention_blocks`
+
+    >>> index = pd.MultiIndex.from_product([["a"], [0], ["untrained", "trained"]])
+    >>> index.names = ["run", "layer", "weights"]
+    >>> pairs = ("VV", "QQ", "KK", "QK", "QV", "KV")
+    >>> plt.close(attention(pd.DataFrame({pair: [1.0, 2.0] for pair in pairs}, index)))
     """
     figure, ax = plt.subplots(figsize=(5.6, 3.9))
     pairs = ("VV", "QQ", "KK", "QK", "QV", "KV")  # H is symmetric: the others are these again
@@ -84,6 +94,11 @@ def convergence(steps: pd.DataFrame, distance: pd.DataFrame) -> Figure:
 
     steps     its rows "one step" of convergence.csv
     distance  its rows "distance"
+
+    >>> columns = {"quantity": ["rms", "rms", "slope"], "k": [1, 2, 0], "value": [2.0, 1.0, -1.0]}
+    >>> columns |= {"low": 1.0, "high": 2.0, "theory_low": 1.5}
+    >>> table = pd.concat(pd.DataFrame(columns | {"weights": w}) for w in "abcd")
+    >>> plt.close(convergence(table, table))
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.9))
     for ax, table in ((left, steps), (right, distance)):
@@ -114,6 +129,12 @@ def one_step_ball(ball: pd.DataFrame, shares: pd.DataFrame, bands: Mapping[str, 
     ball    rows "ball" of convergence.csv of all runs
     shares  of `violations_by_radius`, with the column `steps`
     bands   the intervals of some of them
+
+    >>> quantities = ["measured", "published", "first form", "gradient"]
+    >>> ball = pd.DataFrame({"quantity": quantities, "radius": 0.1, "value": 1.0})
+    >>> forms = dict.fromkeys(["published", "as printed", "first form", "proved"], 0.5)
+    >>> shares = pd.DataFrame(forms | {"steps": 3}, [0.1])
+    >>> plt.close(one_step_ball(ball, shares, {"proved": [(0.0, 1.0)]}))
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
     terms = ball.groupby(["quantity", "radius"])["value"].median().unstack(0)
@@ -142,6 +163,10 @@ def architecture(relative: pd.DataFrame, first: str) -> Figure:
 
     relative  of `relative_constants`
     first     the first architecture
+
+    >>> columns = {"quantity": ["S", "M"], "architecture": "depth 2", "seeds": 3}
+    >>> columns |= {"ratio": 1.0, "low": 0.9, "high": 1.1}
+    >>> plt.close(architecture(pd.DataFrame(columns), "depth 1"))
     """
     groups = relative.groupby("quantity", sort=False)
     height = 0.4 * (relative["architecture"].nunique() + 1) + 1.3
@@ -163,6 +188,10 @@ def published(beside: pd.DataFrame, inflation: float) -> Figure:
 
     beside     of `beside_published`
     inflation  by which the published values were divided [1]
+
+    >>> row = {"data": "mnist", "depth": 1.0, "width": 8.0, "published": 1.1}
+    >>> row |= {"ours": 1.0, "low": 0.9, "high": 1.2}
+    >>> plt.close(published(pd.DataFrame([row]), inflation=1.0))
     """
     groups = beside.groupby("data", sort=False)
     figure, axes = plt.subplots(1, len(groups), figsize=(10, 4), squeeze=False)
@@ -184,6 +213,10 @@ def rules(check: pd.DataFrame) -> Figure:
     """How often an order of held-out examples strays after the size that a rule gives.
 
     check  rows "check" of sample_size.csv of all runs
+
+    >>> row = {"criterion": "surface", "tolerance": 0.1, "k": 50, "confidence": 0.9}
+    >>> row |= {"failures": 0.05, "failures_low": 0.0, "failures_high": 0.1}
+    >>> plt.close(rules(pd.DataFrame([row])))
     """
     names = list(check["criterion"].unique())
     colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))

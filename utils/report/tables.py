@@ -155,6 +155,13 @@ def constants(
 
     Returns columns run, architecture, seed, quantity, value, ..; M is the largest norm of as many
     training examples in every run, and how many these are.
+
+    >>> row = {"run": "a", "experiment": "constant", "weights": "trained"}
+    >>> convergence = pd.DataFrame([row | {"quantity": "M", "value": 1.0}])
+    >>> norms = pd.DataFrame({"run": "a", "part": "training", "value": [2.0, 3.0]})
+    >>> table, fewest = constants(convergence, norms, {"a": "depth 1"}, {"a": 0})
+    >>> table["value"].item(), fewest
+    (3.0, 2)
     """
     is_constant = convergence["experiment"] == "constant"
     table = convergence[is_constant & (convergence["weights"] == "trained")]

@@ -40,3 +40,6 @@ WRITES: dict[str, list[str]] = {
 PRODUCER = {file: stage for stage, files in WRITES.items() for file in files}
 SOURCES = {stage: sorted({PRODUCER[file] for file in needs}) for stage, needs in NEEDS.items()}
 READERS = {stage: [s for s, read in SOURCES.items() if stage in read] for stage in SOURCES}
+
+# the ladder of bounds, from the loosest rung to the sharpest, as parameters and tables name them
+RUNGS = ("closed_form", "prior", "activations", "tangents", "majorant")

@@ -37,6 +37,7 @@ from utils.run.fields import (
     described,
     whole_from,
 )
+from utils.run.layout import RUNGS
 
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "scikit-learn")
 INJECTED = "# Parameters"  # how the cell begins that papermill adds
@@ -113,13 +114,7 @@ class BoundComparison(Parameters):
     """Notebook 04."""
 
     run: Name
-    rungs: choices(
-        "closed_form",
-        "prior",
-        "activations",
-        "tangents",
-        "majorant",
-    )
+    rungs: choices(*RUNGS)
     n_bounds: Count
     n_dense: Count
     sweeps: choices("depth", "width", "heads", "tokens", "scale", empty=True)

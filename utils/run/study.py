@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from utils.run.parameters import MODELS, StudyReport, check, short, unknown
 
 FORM = "give `name:` and `runs:`, a list of {run: NAME, parameters: {NAME: VALUE}}"
+Values = dict[str, Any]
+ByStage = dict[str, Values]
 STAGES_OF_A_RUN = [stage for stage in MODELS if stage != "07"]
 
 
@@ -39,10 +41,10 @@ class Study:
 
     name: str
     runs: list[str]
-    parameters: dict[str, dict[str, dict[str, Any]]]
+    parameters: dict[str, ByStage]
 
     @property
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Values:
         """The parameters of notebook 07."""
         return {"study": self.name, "runs": self.runs}
 
@@ -102,14 +104,12 @@ def _sentence(path: Path, content: Any, place: tuple[int | str, ...]) -> str:
     return f"{path} holds the run {short(entry)}: {FORM}."
 
 
-def _resolved(
-    path: Path, entries: list[RunEntry], notebooks: Path
-) -> dict[str, dict[str, dict[str, Any]]]:
+def _resolved(path: Path, entries: list[RunEntry], notebooks: Path) -> dict[str, ByStage]:
     """Per run and stage the parameters, those that the study sets in place of the defaults."""
     by_stage = {stage: defaults(notebook_of(stage, notebooks)) for stage in STAGES_OF_A_RUN}
     names = {name for stage in STAGES_OF_A_RUN for name in MODELS[stage].model_fields}
     known = sorted(names - {"run"})
-    resolved: dict[str, dict[str, dict[str, Any]]] = {}
+    resolved: dict[str, ByStage] = {}
     for entry in entries:
         label = f"{path}, run {short(entry.run)}"
         wanted = entry.parameters or {}
@@ -129,7 +129,7 @@ def _resolved(
     return resolved
 
 
-def _of_stage(stage: str, values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _of_stage(stage: str, values: Values, given: Values) -> Values:
     model = MODELS[stage]
     own = {name: value for name, value in given.items() if name in model.model_fields}
     return check(model, values | own).model_dump()
@@ -149,7 +149,7 @@ def notebook_of(stage: str, folder: Path) -> Path:
     return found[0]
 
 
-def defaults(notebook: Path | str) -> dict[str, Any]:
+def defaults(notebook: Path | str) -> Values:
     """The literals of a notebook's parameters cell (its first code cell), by name."""
     cells = nbformat.read(notebook, as_version=4).cells
     first = next(cell for cell in cells if cell.cell_type == "code")

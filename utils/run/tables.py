@@ -7,20 +7,21 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+Schema = dict[str, list[str]]  # column -> [dtype, meaning with its unit]
 DICTIONARY = Path(__file__).resolve().parents[2] / "data" / "columns.yaml"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # file -> column -> [dtype, meaning with its unit]. No device and no wall time: a table is the same
 # bytes when it is made again; run.json has them.
-SCHEMAS: dict[str, dict[str, list[str]]] = yaml.load(DICTIONARY.read_text(), Loader=LOADER)
+SCHEMAS: dict[str, Schema] = yaml.load(DICTIONARY.read_text(), Loader=LOADER)
 RUN_COLUMN = {"run": ["str", "name of the run"]}  # comes first where runs are pooled
 DTYPES = {"int": "int64", "float": "float64", "str": "str", "bool": "bool"}
 
 
-def _schema(file: str, pooled: bool) -> dict[str, list[str]]:
+def _schema(file: str, pooled: bool) -> Schema:
     return (RUN_COLUMN if pooled else {}) | SCHEMAS.get(file, {})
 
 
-def _dtypes(schema: dict[str, list[str]]) -> dict[str, str]:
+def _dtypes(schema: Schema) -> dict[str, str]:
     return {column: DTYPES[dtype] for column, (dtype, _) in schema.items()}
 
 

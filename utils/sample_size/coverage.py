@@ -15,12 +15,11 @@ from utils.sample_size.measurement import Pilot
 from utils.sample_size.rivals import baselines
 from utils.sample_size.step import k_step
 from utils.sample_size.surface import gaussian_factor, k_fixed_probes, k_surface
-from utils.surface.intervals import binomial_interval
+from utils.surface.identities import as_rows
+from utils.surface.intervals import Estimate, binomial_interval
 
 
-def exceedance(
-    values: np.ndarray, k: int, tolerance: float, orders: np.ndarray
-) -> tuple[float, float, float]:
+def exceedance(values: np.ndarray, k: int, tolerance: float, orders: np.ndarray) -> Estimate:
     """Share of orders in which Z_k' > tau for some k' >= k, with its exact 95 % interval.
 
     values     held-out losses (n,) or (n_probes, n)
@@ -65,7 +64,7 @@ def true_size(
     >>> low <= k <= high
     True
     """
-    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    values = as_rows(values)
     values = values - values.mean(1, keepdims=True)
     factor = gaussian_factor(values, confidence, seed)
     length = 40 * math.ceil(factor * values.var(1).mean() / tolerance**2)

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 
+from utils.surface.identities import as_rows
+
 CAUTION = 2.0  # times a pilot's own kurtosis, before it is held against the assumed one
 SHARES = np.geomspace(0.005, 0.5, 60)  # of delta, tried by `budget`
 
@@ -176,7 +178,7 @@ def spread_limits(
     >>> spread.lower < 1 < spread.upper  # the variance of the population
     True
     """
-    losses = np.atleast_2d(np.asarray(losses, dtype=np.float64))
+    losses = as_rows(losses)
     n_probes, n = losses.shape
     mean, square = pair_moments(losses.T / math.sqrt(n_probes))
     pairs = max(1, (distinct or n) // 2)

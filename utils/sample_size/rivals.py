@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from utils.run.streams import numpy_generator
+from utils.surface.identities import as_rows
 
 
 def power_law(k: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
@@ -87,7 +88,7 @@ def settling_curve(
     >>> bool(curve[0] > curve[1] > curve[2])
     True
     """
-    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    values = as_rows(values)
     k = np.asarray(k)
     limit = values.mean(1, keepdims=True)
     generator = numpy_generator("settling curve", seed)
@@ -139,7 +140,7 @@ def baselines(
     >>> sizes["one step"], sorted(sizes)[:3]
     (10, ['algebraic root', 'arctan', 'doubling'])
     """
-    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    values = as_rows(values)
     m = values.shape[1]
     S = math.sqrt(values.var(1, ddof=1).mean())
     sizes: dict = {"one step": max(1.0, math.ceil(S / tolerance))}

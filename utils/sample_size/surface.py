@@ -17,6 +17,7 @@ from scipy.optimize import brentq
 from utils.run.streams import numpy_generator
 from utils.sample_size.answer import conclude, drift
 from utils.sample_size.limits import budget, least_pilot, spread_limits
+from utils.surface.identities import as_rows
 
 TERMS: np.ndarray = 2 * np.arange(50) + 1  # of the series for one probe
 
@@ -126,7 +127,7 @@ def k_fixed_probes(
     >>> k_fixed_probes(np.linspace(0, 1, 200), 0.1, 0.9, n=3000, ceiling=1.0)
     363
     """
-    losses = np.atleast_2d(np.asarray(losses, dtype=np.float64))
+    losses = as_rows(losses)
     deviation = losses.std(1).max()
     logarithm = math.log(10 * len(losses) / (1 - confidence))
     range_factor = (7 / 3 + 3 / math.sqrt(2)) * ceiling
@@ -155,7 +156,7 @@ def gaussian_factor(
     >>> round(gaussian_factor([0.0, 1.0, 3.0], 0.95) ** 0.5, 2)
     2.24
     """
-    losses = np.atleast_2d(np.asarray(losses, dtype=np.float64))
+    losses = as_rows(losses)
     if len(losses) == 1:
         return brentq(lambda q: 1 - _stays_below(q) - (1 - confidence), 0.2, 40) ** 2
     weights = np.linalg.eigvalsh(np.cov(losses)).clip(0)
@@ -210,7 +211,7 @@ def surface_forecast(
     >>> forecast["lower"] < forecast["k"] < forecast["upper"]
     True
     """
-    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    values = as_rows(values)
     delta = 1 - confidence
     n = values.shape[1]
     share = budget(max(1, n // 2), kurtosis, delta)

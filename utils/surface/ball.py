@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from utils.hessian import Losses
+from utils.hessian.coordinates import Operator
 from utils.hessian.norms import operator_norm
 from utils.run.streams import generator
 from utils.surface.identities import running_means
@@ -154,7 +155,7 @@ class Difference:
         """At the weights of the losses (P,)."""
         return self.losses.gradient(rows=self.plus) - self.losses.gradient(rows=self.minus)
 
-    def hessian(self) -> Callable[[Tensor], Tensor]:
+    def hessian(self) -> Operator:
         """v (P,) -> Hess f v at the weights of the losses."""
         return self.losses.hessian(rows=self.rows, weights=self.weights)
 

@@ -17,8 +17,17 @@ from numpy.typing import ArrayLike
 from scipy.signal import lfilter
 
 
+def as_rows(losses: ArrayLike) -> np.ndarray:
+    """The losses (n,) or (m, n) as (m, n) of float64.
+
+    >>> as_rows([1, 2]).shape
+    (1, 2)
+    """
+    return np.atleast_2d(np.asarray(losses, dtype=np.float64))
+
+
 def as_pool(losses: ArrayLike) -> np.ndarray:
-    """Losses (n,) or (m, n) as (m, n) of float64.
+    """As `as_rows`, of losses that have a rate.
 
     losses  (n,) at one weight, or (m, n) at m weights [nat]
 
@@ -27,7 +36,7 @@ def as_pool(losses: ArrayLike) -> np.ndarray:
     >>> as_pool([1.0, 2.0, 4.0]).shape
     (1, 3)
     """
-    pool = np.atleast_2d(np.asarray(losses, dtype=np.float64))
+    pool = as_rows(losses)
     if pool.shape[1] < 3:
         raise ValueError(f"There are {pool.shape[1]} losses: at least 3 are needed for a rate.")
     return pool
@@ -151,7 +160,7 @@ def expected_distance(losses: ArrayLike, target: ArrayLike | None = None) -> np.
     >>> expected_distance([0.0, 2.0])
     array([1., 0.])
     """
-    pool = np.atleast_2d(np.asarray(losses, dtype=np.float64))
+    pool = as_rows(losses)
     n = pool.shape[1]
     gap = 0.0
     if target is not None:

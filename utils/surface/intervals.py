@@ -19,6 +19,10 @@ FEWEST = 100  # of 20 squares with a heavy tail a bootstrap's "95 %" misses more
 FEWEST_RATIOS = 20  # of `rms_by_ratio`, whose tails the auxiliary takes away
 
 
+Estimate = tuple[float, float, float]  # value, low and high
+Estimates = tuple[np.ndarray, np.ndarray, np.ndarray]  # the same of several, (m,) each
+
+
 def _resampled(rows: np.ndarray, stream: np.random.Generator, draws: int) -> np.ndarray:
     """Means (draws, m) of rows (r, m) drawn with replacement."""
     r = len(rows)
@@ -26,9 +30,7 @@ def _resampled(rows: np.ndarray, stream: np.random.Generator, draws: int) -> np.
     return counts / r @ rows
 
 
-def bootstrap_mean(
-    rows: np.ndarray, seed: int = 0, draws: int = 400
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def bootstrap_mean(rows: np.ndarray, seed: int = 0, draws: int = 400) -> Estimates:
     """Mean over rows with a 95 % percentile-bootstrap interval over rows.
 
     rows   (r, m) in any unit
@@ -53,7 +55,7 @@ def bootstrap_mean(
 
 def log_log_slope(
     k: np.ndarray, rows: np.ndarray, seed: int = 0, level: float = 0.95, root: bool = False
-) -> tuple[float, float, float]:
+) -> Estimate:
     """Least-squares slope of log(mean over rows) against log k, with a bootstrap interval.
 
     k      (m,) positive
@@ -89,7 +91,7 @@ def log_log_slope(
 
 def rms_by_ratio(
     k: ArrayLike, squares: np.ndarray, auxiliary: np.ndarray, known: np.ndarray, level: float = 0.95
-) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], tuple[float, float, float]]:
+) -> tuple[Estimates, Estimate]:
     """Root mean square and its log-log slope, from squares of few orders with heavy tails.
 
     The ratio estimator of survey sampling (Cochran 1977, chapter 6): mean(squares)/mean(auxiliary)

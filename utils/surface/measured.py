@@ -16,7 +16,7 @@ from scipy import stats
 
 from utils.surface import identities
 from utils.surface.identities import as_pool
-from utils.surface.intervals import bootstrap_mean, log_log_slope
+from utils.surface.intervals import Estimate, Estimates, bootstrap_mean, log_log_slope
 
 COLUMNS = ["k", "quantity", "value", "low", "high", "theory_low", "theory_high"]
 
@@ -33,8 +33,16 @@ def _rms(k: np.ndarray, squares: np.ndarray, exact: np.ndarray, seed: int) -> pd
     return _rows(k, "rms", map(np.sqrt, bootstrap_mean(squares, seed)), exact, exact)
 
 
-def _slope(slope: tuple[float, float, float], exact: float) -> pd.DataFrame:
+def _slope(slope: Estimate, exact: float) -> pd.DataFrame:
     return _rows([0], "slope", slope, exact, exact)
+
+
+def _with_slope(
+    table: pd.DataFrame, x: np.ndarray, squares: np.ndarray, exact: float, seed: int
+) -> pd.DataFrame:
+    """The table and the slope of the rms against x."""
+    slope = _slope(log_log_slope(x, squares, seed, root=True), exact)
+    return pd.concat([table, slope], ignore_index=True)
 
 
 def measure_steps(
@@ -64,7 +72,7 @@ def measure_steps(
     """
     pool = as_pool(losses)
     steps = [identities.loss_steps(row, orders, batch)[:, k - 1] for row in pool]
-    squares = np.mean([s**2 for s in steps], axis=0)
+    squares = np.mean(np.square(steps), axis=0)
     exact = identities.expected_rms(pool, batch)[k - 1]
     tables = []
     if batch == 1:
@@ -107,8 +115,7 @@ def measure_distance(
     table = _rms(k, squares, identities.expected_distance(pool, target)[k - 1], seed)
     if target is not None:
         return table
-    slope = log_log_slope(1 / k - 1 / pool.shape[1], squares, seed, root=True)
-    return pd.concat([table, _slope(slope, 0.5)], ignore_index=True)
+    return _with_slope(table, 1 / k - 1 / pool.shape[1], squares, 0.5, seed)
 
 
 def measure_steps_as_distance(
@@ -129,10 +136,9 @@ def measure_steps_as_distance(
     """
     pool = as_pool(losses)
     steps = [identities.loss_steps(row, orders)[:, k - 1] for row in pool]
-    squares = np.mean([s**2 for s in steps], axis=0)
+    squares = np.mean(np.square(steps), axis=0)
     table = _rms(k, squares, identities.expected_rms(pool)[k - 1], seed)
-    slope = log_log_slope(1 / k - 1 / pool.shape[1], squares, seed, root=True)
-    return pd.concat([table, _slope(slope, 0.5)], ignore_index=True)
+    return _with_slope(table, 1 / k - 1 / pool.shape[1], squares, 0.5, seed)
 
 
 def measure_halves(
@@ -163,14 +169,13 @@ def measure_halves(
         difference = (sums[:, half] - others) / (2 * half)
         squares = squares + difference**2 / len(pool)
     exact = np.sqrt(pool.var(1, ddof=1).mean() / (2 * half))
-    slope = log_log_slope(2 * half, squares, seed, root=True)
-    tables = [_rms(2 * half, squares, exact, seed), _slope(slope, -0.5)]
-    return pd.concat(tables, ignore_index=True)
+    table = _rms(2 * half, squares, exact, seed)
+    return _with_slope(table, 2 * half, squares, -0.5, seed)
 
 
 def table_of(
     k: np.ndarray,
-    rms: tuple[np.ndarray, np.ndarray, np.ndarray],
+    rms: Estimates,
     slope: tuple[float, float, float, float],
     upper: ArrayLike = np.nan,
 ) -> pd.DataFrame:

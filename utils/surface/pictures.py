@@ -34,6 +34,11 @@ def one_step(tables: Mapping[str, pd.DataFrame], n_orders: int) -> Figure:
 
     tables    of `measure_steps`, by list; the first has a band
     n_orders  over which was averaged [1]
+
+    >>> from utils.surface.measured import measure_steps
+    >>> orders = np.array([[0, 1, 2], [2, 0, 1]])
+    >>> table = measure_steps([1.0, 2.0, 4.0], orders, np.array([1, 2]))
+    >>> plt.close(one_step({"trained": table}, 2))
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=85)
     for (name, table), role in zip(tables.items(), LOOKS):
@@ -65,6 +70,9 @@ def smoothing(k: np.ndarray, pure: np.ndarray, smooth: np.ndarray, factor: float
     pure    (points,) the power
     smooth  (points,) after the filter
     factor  of the filter [1]
+
+    >>> k = np.array([1.0, 2.0])
+    >>> plt.close(smoothing(k, 1 / (k + 1), 1 / k, 0.9))
     """
     figure, ax = plt.subplots(figsize=(7, 3.4))
     ax.loglog(k, pure, label="1/(k+1)", **ROLES["measured"] | {"marker": ""})
@@ -83,6 +91,11 @@ def distance(
     tables    of `measure_distance`, by name
     controls  up to two more, without a theory
     n_orders  over which was averaged [1]
+
+    >>> from utils.surface.measured import measure_distance
+    >>> orders = np.array([[0, 1, 2], [2, 0, 1]])
+    >>> table = measure_distance([1.0, 2.0, 4.0], orders, np.array([1, 2]))
+    >>> plt.close(distance({"trained": table}, {"sorted": table}, 2))
     """
     figure, ax = plt.subplots(figsize=(7, 3.9))
     for (name, table), role in zip(tables.items(), LOOKS):
@@ -103,6 +116,10 @@ def closed_forms(forms: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 
     forms   rows of `closed_form_ratios` with a column `weights`
     titles  by kind of weights
+
+    >>> columns = {"weights": ["all", "top"], "sigma": 0.1, "error": 0.1}
+    >>> forms = pd.DataFrame(columns | {"with": 1.0, "without": 0.5})
+    >>> plt.close(closed_forms(forms, {"all": "all weights", "top": "leading eigenvectors"}))
     """
     figure, axes = plt.subplots(1, len(titles), figsize=(9.5, 3.4), sharey=True, dpi=80)
     for ax, (kind, t) in zip(axes, forms.groupby("weights", sort=False), strict=True):
@@ -123,6 +140,11 @@ def one_step_ball(ball: pd.DataFrame, violated: pd.DataFrame) -> Figure:
 
     ball      the first of `pairs_on_balls`
     violated  of `violations`
+
+    >>> columns = dict.fromkeys([*TERMS, "measured", "first form", "published"], 1.0)
+    >>> ball = pd.DataFrame(columns | {"pair": [0, 1], "fraction": 0.1})
+    >>> forms = ("proved", "second form", "first form", "published")
+    >>> plt.close(one_step_ball(ball, pd.DataFrame({form: [False, True] for form in forms})))
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=85)
     pairs = ball["pair"].nunique()
@@ -166,6 +188,12 @@ def hessian_norms(
     squares     (n_orders, points), by matrix [nat^2/w^4]
     orthogonal  (points,) mean squares if the Hessians were orthogonal [nat^2/w^4]
     titles      by matrix
+
+    >>> from utils.surface.measured import table_of
+    >>> k, ones = np.array([1, 2]), np.ones(2)
+    >>> tables = {m: table_of(k, (ones, ones, ones), (-1.0, -1.1, -0.9, -1.0)) for m in "ab"}
+    >>> squares = {m: np.ones((3, 2)) for m in "ab"}
+    >>> plt.close(hessian_norms(tables, squares, {m: ones for m in "ab"}, {m: m for m in "ab"}))
     """
     figure, axes = plt.subplots(1, len(tables), figsize=(9.5, 3.6), dpi=80)
     for ax, (matrix, table) in zip(axes, tables.items(), strict=True):
@@ -191,6 +219,10 @@ def retrained(
     labels  of the axes, by quantity
     limits  of some quantities, at the weights trained on all
     n       how many these are [examples]
+
+    >>> table = pd.DataFrame({"init": 0, "k": [1, 2], "excess": [2.0, 1.0], "norm": [1.0, 1.0]})
+    >>> labels = {"excess": "excess [nat]", "norm": "norm [nat/w²]"}
+    >>> plt.close(retrained(table, labels, {"norm": 1.0}, n=4))
     """
     figure, axes = plt.subplots(1, len(labels), figsize=(12, 3.0))
     for ax, (quantity, label) in zip(axes, labels.items(), strict=True):

@@ -28,6 +28,7 @@ from utils.calculus.lemmas import (
     spectral,
 )
 from utils.calculus.nodes.base import Maybe
+from utils.calculus.nodes.bilinear import same_group
 from utils.calculus.nodes.known import Known, Situation
 from utils.calculus.nodes.linear import Linear
 from utils.calculus.nodes.products import Matmul
@@ -175,7 +176,7 @@ def _of_projection(
     if bias:
         b = bias[0].value.reshape(-1)[channels.to(W.value.device)]
         both = torch.cat([weights, b[..., None]], 2)
-        one_group = W.group is not None and W.group == bias[0].group
+        one_group = same_group(W, bias)
         R = W.moved if one_group else math.hypot(W.moved, bias[0].moved)
     each = spectral(both)
     ones = bool(bias)
@@ -187,7 +188,7 @@ def _of_projection(
         still = least(X.at_centre(ones=ones), reads)
     jet = X.jet.times(W.jet, reads, whole)
     moved = still * R + whole * X.moved
-    if bias and not turned and bias[0].group != W.group:
+    if bias and not turned and not same_group(W, bias):
         jet = jet + bias[0].jet.linear(math.sqrt(X.rows))
     row = hypot(X.row, 1.0) if bias else X.row
     sizes = {

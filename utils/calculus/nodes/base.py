@@ -129,7 +129,8 @@ def dense_root(form: Form, places: list[int], shapes: Shapes, like: Tensor) -> P
         dz = [like.new_zeros(sizes[place], *shape) for shape in shapes]
         dz[place] = units.reshape(-1, *shapes[place])
         parts = form(tuple(dz), None)
-        columns.append(torch.cat([parts[other].flatten(1) for other in places], 1))
+        rows = [parts[other].reshape(sizes[place], -1) for other in places]
+        columns.append(torch.cat(rows, 1))
     M = torch.cat(columns)
     values, vectors = torch.linalg.eigh((M + M.mT) / 2)
     rows = values.clamp_min(0).sqrt()[:, None] * vectors.mT

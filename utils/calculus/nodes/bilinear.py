@@ -162,5 +162,8 @@ class Bilinear(Node):
 
 
 def same_group(y: Known, bias: Sequence[Known]) -> bool:
-    """Whether a bias, one or none, belongs to the group of weights of the second input y."""
-    return bool(bias) and y.group is not None and y.group == bias[0].group
+    """Whether a bias, one or none, is another parameter of the second input y's group of weights:
+    the two are then orthogonal parts of one variable."""
+    if not bias or y.group is None:
+        return False
+    return y.group == bias[0].group and y.name != bias[0].name

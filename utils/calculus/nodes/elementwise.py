@@ -230,7 +230,7 @@ class Elementwise(Node):
         if saved is None or at.radius > 0:
             raise self._unknown()
         shape = torch.broadcast_shapes(*(x.shape for x in inputs))
-        copies = [math.sqrt(math.prod(shape) / max(1, math.prod(x.shape))) for x in inputs]
+        copies = [x.copies(shape) for x in inputs]
         first = [0.0] * len(inputs)
         for i in moving:
             first[i] = copies[i] * _top(saved.first[i])
@@ -296,4 +296,4 @@ class Elementwise(Node):
 
 def _top(t: Tensor) -> Tensor:
     """The largest entry of every example."""
-    return t.flatten(1).abs().amax(1)
+    return t.reshape(len(t), -1).abs().amax(1)

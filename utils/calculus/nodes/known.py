@@ -16,7 +16,7 @@ from torch import Tensor
 
 from utils.calculus.jets import Jet
 from utils.calculus.lemmas import Number, centred, hypot, least, spectral, with_ones
-from utils.calculus.nodes.base import Maybe, Node
+from utils.calculus.nodes.base import Maybe, Node, Shape
 
 Numbers = dict[tuple[str, str], Tensor]
 
@@ -34,6 +34,7 @@ class Known:
     spread   >= the largest distance of a row from some one vector
     value    z at the centre (n, *shape), None where it is not used
     group    number of the group of weights, of a parameter; None for all else
+    name     of the parameter
     data     whether it depends on the input
     node, inputs  the `Node` that made it, for one that knows better than a product of norms
     notes    further numbers that the node leaves for those that read it
@@ -48,6 +49,7 @@ class Known:
     spread: Number = math.inf
     value: Maybe = None
     group: int | None = None
+    name: str = ""
     data: bool = True
     node: Any = None
     inputs: tuple[Known, ...] = ()
@@ -62,7 +64,16 @@ class Known:
     def matrix(self) -> Tensor:
         """The rows at the centre, (n, rows, d)."""
         width = self.shape[-1] if self.shape else 1
-        return self.value.reshape(len(self.value), self.rows, width)
+        return self.value.reshape(len(self.value), self.rows, width).to(self.jet.a)
+
+    def copies(self, shape: Shape) -> float:
+        """The root of how often every number stands in z broadcast to `shape`."""
+        return math.sqrt(math.prod(shape) / max(1, math.prod(self.shape)))
+
+    @property
+    def unknown(self) -> Tensor:
+        """inf (1,), where nothing is known."""
+        return self.jet.a.new_full((1,), math.inf)
 
     def norm(self, ones: bool = False, centre: bool = False) -> Tensor:
         """>= the spectral norm of the matrix of rows, with `ones` of [X 1]; with `centre` of the
@@ -76,7 +87,7 @@ class Known:
         """`norm` with these `ones` at the weights of the centre alone; inf where the value is not
         used."""
         if self.value is None:
-            return self.jet.a.new_full((1,), math.inf)
+            return self.unknown
         key = f"norm {ones} {centre}"
         if key not in self.notes:
             X = centred(self.matrix) if centre else self.matrix
@@ -90,8 +101,9 @@ class Known:
     def largest_at_centre(self) -> Tensor:
         """The largest entry at the weights of the centre; inf where the value is not used."""
         if self.value is None:
-            return self.jet.a.new_full((1,), math.inf)
-        return self.value.flatten(1).abs().amax(1)
+            return self.unknown
+        entries = self.value.reshape(len(self.value), -1)
+        return entries.to(self.jet.a).abs().amax(1)
 
     @property
     def stand_in(self) -> Tensor:

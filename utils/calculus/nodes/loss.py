@@ -21,7 +21,20 @@ from utils.calculus.nodes.known import Inputs, Known, Situation
 from utils.networks.losses import IGNORED
 
 
-class CrossEntropy(Node):
+class _Loss(Node):
+    """What losses share: `saved` begins with the gradient, and D^2 is positive semidefinite."""
+
+    def tangent(self, saved: tuple, dz: Parts) -> Maybe:
+        return None if dz[0] is None else (saved[0] * dz[0]).flatten(1).sum(1)
+
+    def adjoint(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Parts:
+        return (scaled_by(lam, saved[0]),)
+
+    def majorant(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form | None:
+        return self.second_order(saved, lam.abs(), wanted)
+
+
+class CrossEntropy(_Loss):
     """The mean over an example's tokens of logsumexp(f) - f_y. D = r = p - e_y, D^2 = S = diag(p) -
     p p^T.
 
@@ -45,18 +58,8 @@ class CrossEntropy(Node):
         r.scatter_(-1, self.labels, -r.sum(-1, keepdim=True))
         losses = (weight * (f.logsumexp(-1, keepdim=True) - f.gather(-1, self.labels))).sum((1, 2))
         r = (weight * r).view_as(z[0])
-        return losses, (
-            r,
-            (weight * p).view_as(z[0]),
-            p.view_as(z[0]),
-            z[0].argmax(-1, keepdim=True),
-        )
-
-    def tangent(self, saved: tuple, dz: Parts) -> Maybe:
-        return None if dz[0] is None else (saved[0] * dz[0]).flatten(1).sum(1)
-
-    def adjoint(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Parts:
-        return (scaled_by(lam, saved[0]),)
+        top = z[0].argmax(-1, keepdim=True)
+        return losses, (r, (weight * p).view_as(z[0]), p.view_as(z[0]), top)
 
     def second_order(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
         _, weighted, p, top = saved
@@ -69,10 +72,6 @@ class CrossEntropy(Node):
             return (weighted * (g - (p * g).sum(-1, keepdim=True)),)
 
         return form
-
-    def majorant(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
-        """S is positive semidefinite, and so is |lam| S."""
-        return self.second_order(saved, lam.abs(), wanted)
 
     def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         """|r| <= sqrt(2) and ||S|| <= 1/2 wherever the logits are; near known ones less."""
@@ -93,7 +92,7 @@ class CrossEntropy(Node):
         return Known(f.jet.smooth(r, S))
 
 
-class SquaredError(Node):
+class SquaredError(_Loss):
     """The mean of (f - t)^2 over an example's numbers, t the targets or one-hot labels. D^2 =
     2/count."""
 
@@ -109,12 +108,6 @@ class SquaredError(Node):
             error = f.scatter_add(-1, labels, f.new_full(labels.shape, -1.0))
         return error.square().flatten(1).mean(1), (2 / error[0].numel() * error,)
 
-    def tangent(self, saved: tuple, dz: Parts) -> Maybe:
-        return None if dz[0] is None else (saved[0] * dz[0]).flatten(1).sum(1)
-
-    def adjoint(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Parts:
-        return (scaled_by(lam, saved[0]),)
-
     def second_order(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
         curvature = 2 / saved[0][0].numel() * lam
 
@@ -122,9 +115,6 @@ class SquaredError(Node):
             return (None if dz[0] is None else scaled_by(curvature, dz[0]),)
 
         return form
-
-    def majorant(self, saved: tuple, lam: Tensor, wanted: Wanted) -> Form:
-        return self.second_order(saved, lam.abs(), wanted)
 
     def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         f = inputs[0]

@@ -94,9 +94,9 @@ class Matmul(Bilinear):
 
 def _by_heads(t: Known) -> tuple[Tensor, Tensor]:
     """>= the largest norm of the matrices in the last two axes, on the ball and at its centre."""
-    still = t.jet.a.new_full((1,), math.inf)
+    still = t.unknown
     if t.value is not None:
-        still = spectral(t.value).flatten(1).amax(1)
+        still = spectral(t.value).reshape(len(t.value), -1).amax(1)
     return least(still + t.moved, math.sqrt(t.shape[-2]) * t.row, t.full), still
 
 
@@ -153,7 +153,7 @@ class Product(Bilinear):
         of_x, of_x_still = _by_copies(x, y)
         of_y, _ = _by_copies(y, x)
         shape = torch.broadcast_shapes(x.shape, y.shape)
-        copies = [math.sqrt(math.prod(shape) / max(1, math.prod(t.shape))) for t in inputs]
+        copies = [t.copies(shape) for t in inputs]
         lengths = [b.full * copy for b, copy in zip(bias, copies[2:])]
         sizes = {
             "full": least(y.largest() * copies[0] * x.full, x.largest() * copies[1] * y.full)
@@ -186,11 +186,12 @@ def _by_copies(x: Known, y: Known) -> tuple[Tensor, Tensor]:
     """>= the norm of dy -> x o dy, on the ball and at its centre: the root of the largest sum of
     squares of x over the copies of one entry of y."""
     shape = torch.broadcast_shapes(x.shape, y.shape)
-    still = x.jet.a.new_full((1,), math.inf)
+    still = x.unknown
     if x.value is not None:
         squares = aligned(x.value, len(shape)).square().expand(-1, *shape)
-        still = sum_to(squares, y.shape).flatten(1).amax(1).sqrt()
-    copies = math.sqrt(math.prod(shape) / max(1, math.prod(x.shape)))
+        still = sum_to(squares, y.shape)
+        still = still.reshape(len(still), -1).amax(1).sqrt()
+    copies = x.copies(shape)
     whole = copies * x.full
-    largest = math.sqrt(math.prod(shape) / max(1, math.prod(y.shape))) * x.largest()
+    largest = y.copies(shape) * x.largest()
     return least(still + copies * x.moved, whole, largest), still

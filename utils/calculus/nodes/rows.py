@@ -117,7 +117,8 @@ class Softmax(Node):
 
     def norms(self, inputs: Inputs, saved: Tensor | None, at: Situation) -> Known:
         t = inputs[0]
-        length = t.shape[self.axis if self.axis < 0 else self.axis - 1]
+        axis = self.axis + len(t.shape) if self.axis < 0 else self.axis - 1
+        length = t.shape[axis]
         rows = math.prod(t.shape) // length
         first: Number = SOFTMAX_FIRST
         notes = {}
@@ -130,7 +131,7 @@ class Softmax(Node):
             t.jet.smooth(first, second),
             moved=least(first * t.moved, math.sqrt(2 * rows)),
             full=math.sqrt(rows),
-            row=1.0 if length == t.shape[-1] else math.inf,
+            row=1.0 if axis == len(t.shape) - 1 else math.inf,
             notes=notes,
         )
 
@@ -235,7 +236,7 @@ class Normalisation(Node):
         The standard deviation of a row is 1/sqrt(d)-Lipschitz, so that rho and the largest
         ||D^2 n|| on the ball are known exactly. Source: Corollary (cor:ball), part (ii).
         """
-        d = math.prod(x.shape[-len(self.axes) :])
+        d = self._width(x)
         limit = 2 * math.sqrt(math.prod(x.shape))
         rho, bend = normalisation_floor(self.eps, at.floor)
         bend = bend / math.sqrt(d)
@@ -259,15 +260,18 @@ class Normalisation(Node):
 
     def _rows(self, x: Known) -> Tensor:
         """The rows at the centre (n, N, d), their means taken off."""
-        d = math.prod(x.shape[-len(self.axes) :])
-        return self._centre(x.value).reshape(len(x.value), -1, d)
+        return self._centre(x.value).reshape(len(x.value), -1, self._width(x))
+
+    def _width(self, x: Known) -> int:
+        """How many numbers a row has."""
+        return math.prod(x.shape[-len(self.axes) :])
 
     def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         x = inputs[0]
         rho, bend, turned = self._on_ball(x, at)
-        d = math.prod(x.shape[-len(self.axes) :])
         jet = x.jet.smooth(at.number("slope", 1 / rho), at.number("bend", bend))
-        return Known(jet, moved=turned, full=math.sqrt(math.prod(x.shape)), row=math.sqrt(d))
+        length = math.sqrt(math.prod(x.shape))
+        return Known(jet, moved=turned, full=length, row=math.sqrt(self._width(x)))
 
     def gained(self, x: Known, gamma: Known, beta: Known | None, at: Situation) -> Known:
         """What is known of gamma n(x) + beta as one map: diag(gamma) Dn has a smaller norm than its
@@ -299,7 +303,8 @@ class Normalisation(Node):
         jet = Jet.of([x.jet, gamma.jet], [norms["first"], norms["own"]], second)
         moved = least(norms["first"] * x.moved, Gamma * turned)
         moved = moved + least(own, norms["own"]) * gamma.moved
-        if beta is not None and (beta.group is None or beta.group != gamma.group):
+        apart = beta is not None and beta.name != gamma.name and beta.group == gamma.group
+        if beta is not None and (beta.group is None or not apart):
             jet = jet + beta.jet.linear(math.sqrt(rows))
             moved = moved + math.sqrt(rows) * beta.moved
         return Known(jet, moved=moved)

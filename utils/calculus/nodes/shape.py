@@ -83,7 +83,7 @@ class Reshape(LinearMap):
         x = inputs[0]
         if x.shape == self.outer:
             return x
-        known = replace(super().norms(inputs, saved, at), group=x.group)
+        known = replace(super().norms(inputs, saved, at), group=x.group, name=x.name)
         old = x.shape[-1] if x.shape else 1
         new = self.outer[-1] if self.outer else 1
         if old % new == 0:  # rows in pieces
@@ -106,7 +106,7 @@ class Permute(LinearMap):
         self.whole_rows = self.order[-1:] == (len(self.order) - 1,)
 
     def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
-        return replace(super().norms(inputs, saved, at), group=inputs[0].group)
+        return replace(super().norms(inputs, saved, at), group=inputs[0].group, name=inputs[0].name)
 
     def apply(self, x: Tensor) -> Tensor:
         return x.permute(0, *(axis + 1 for axis in self.order))
@@ -217,7 +217,7 @@ class Mask(LinearMap):
 
     def norms(self, inputs: Inputs, saved: Any, at: Situation) -> Known:
         x = inputs[0]
-        norm = math.sqrt(math.prod(self.shape) / max(1, math.prod(x.shape)))
+        norm = x.copies(self.shape)
         filled = abs(self.value) * math.sqrt(math.prod(self.shape)) if self.value else 0.0
         full = hypot(norm * x.full, filled)
         return Known(x.jet.linear(norm), moved=norm * x.moved, full=full)
@@ -319,7 +319,7 @@ class Combination(Flat):
         for factor, x in zip(self.factors, inputs, strict=True):
             c = abs(factor)
             width = c * math.sqrt(_width(shape) / _width(x.shape))
-            copies = c * math.sqrt(math.prod(shape) / max(1, math.prod(x.shape)))
+            copies = c * x.copies(shape)
             one_row = x.rows == 1 and math.prod(shape[:-1]) > 1  # the same in every row
             total = Known(
                 total.jet + x.jet.linear(copies),
@@ -374,4 +374,4 @@ class Concatenation(Flat):
                 full=hypot(total.full, x.full),
                 row=row,
             )
-        return replace(total, node=None, inputs=(), group=None, notes={})
+        return replace(total, node=None, inputs=(), group=None, name="", notes={})
