@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def draw(data):
-    figure, ax = plt.subplots(figsize=(4, 3))
+    figure, ax = plt.subplots()
     for role, style in ROLES.items():
         ax.loglog(data.k, data.value * (1 + len(role)), label=f"{role} $k^{{-1/2}}$", **style)
     band(ax, data.k, 0.5 * data.value, 2 * data.value)
