@@ -1,5 +1,6 @@
 """What is given to make never becomes a command."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,7 +22,11 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         (programs / name).write_text('#!/bin/sh\necho "$@"\n')
         (programs / name).chmod(0o755)
     (folder / ".venv" / ".installed").touch()
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+    # The tests may themselves run under make, which tells its children so.
+    ours = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=ours, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("variable", ["NAME", "STUDY", "CORES", "GPUS"])
