@@ -41,7 +41,7 @@ def blocks_of(model, w, x, stop=None):
 @pytest.mark.parametrize(
     "activation, seed, scale",
     [
-        ("gelu", 1, 2.5),
+        pytest.param("gelu", 1, 2.5, marks=pytest.mark.slow),
         ("gelu_tanh", 2, 1.0),
         pytest.param("gelu", 0, 0.3, marks=pytest.mark.slow),
     ],

@@ -95,6 +95,7 @@ SMALL = dict(
 WIDE = SMALL | dict(depth=st.integers(0, 2), width=st.sampled_from([(4, 1), (4, 2), (6, 3)]))
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(**SMALL)
 def test_transformers_on_the_ball(**drawn):
@@ -179,6 +180,7 @@ def test_batch_dtype_and_model_unchanged():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_token_and_saturated_rows():
     x, y = uneven_examples(2, 0)
     for model in (random_vit(0, patch_size=4, pool="mean"), random_vit(0, 60.0)):

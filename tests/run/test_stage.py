@@ -374,6 +374,7 @@ def release_soon(process) -> None:
     threading.Timer(0.3, release, [process]).start()
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_a_patient_one_waits():
     other = in_another_process(HOLD.format(stage="01"))
     assert other.stdout.readline() == "held\n"
@@ -390,6 +391,7 @@ def test_a_second_writer_is_refused_and_a_patient_one_waits():
     assert other.wait() == 0
 
 
+@pytest.mark.slow
 def test_the_environment_sets_the_patience(monkeypatch):
     other = in_another_process(HOLD.format(stage="01"))
     assert other.stdout.readline() == "held\n"
@@ -419,6 +421,7 @@ def test_notebooks_that_read_the_same_files_work_side_by_side_and_keep_them_from
     assert set(record_of("a")) == {"01", "02", "03", "04", "05", "06"}
 
 
+@pytest.mark.slow
 def test_the_record_of_notebooks_that_finish_together_loses_none(every_schema):
     for stage in ("01", "02", "03"):
         make(stage)

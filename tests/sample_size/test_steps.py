@@ -36,6 +36,7 @@ FRACTIONS = st.integers(-1000, 1000).map(lambda i: i / 64)
 NUMBERS = st.one_of(FRACTIONS, st.sampled_from([0.0, 1.0, -1.0]))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(NUMBERS, min_size=2, max_size=6), st.sampled_from([0.01, 0.3, 1.0, 4.0]))
 @example([0.0, 0.0, 0.0, 1.0], 0.25)

@@ -173,7 +173,8 @@ def test_gaussian_factor():
     assert gaussian_factor(np.ones((3, 50)), 0.9) == 1.0
 
 
-@pytest.mark.parametrize("pilots", [10, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pilots", [10, 60])
 def test_the_interval_covers(pilots):
     """Pilots from a pool: the interval holds the true size as often as promised."""
     pool, generator = np.random.default_rng(3).exponential(size=(3, 4000)), np.random.default_rng(4)

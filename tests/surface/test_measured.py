@@ -34,6 +34,7 @@ NUMBERS = st.one_of(
     st.lists(st.lists(NUMBERS, min_size=5, max_size=5), min_size=1, max_size=3),
     st.integers(0, 2**32 - 1),
 )
+@pytest.mark.slow
 def test_averages_over_weights_by_enumeration(all_orders, rows, seed):
     """Losses at m weights: the mean square over them obeys the exact expressions, and the mean
     its bracket."""

@@ -17,6 +17,7 @@ def fresh():
     return tiny_vit(5).float()
 
 
+@pytest.mark.slow
 def test_retraining_is_training_to_the_stationarity_of_the_limit():
     torch.manual_seed(0)
     x, y = torch.randn(30, 1, 4, 4), torch.randint(0, 3, (30,))

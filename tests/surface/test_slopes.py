@@ -28,6 +28,7 @@ def test_slope_of_an_exact_power_law(slope):
     )
 
 
+@pytest.mark.slow
 def test_intervals_repeat_and_cover():
     """The same seed, the same interval; over 200 draws the truth lies inside about as often as it
     should."""

@@ -32,7 +32,7 @@ def variance(t):
     return t.reshape(len(t), -1).var(0).sum().item()
 
 
-@pytest.mark.parametrize("network", ["vit", "linear"])
+@pytest.mark.parametrize("network", [pytest.param("vit", marks=pytest.mark.slow), "linear"])
 def test_spreads_against_dense_hessians(network, vit_losses, linear_losses):
     losses = vit_losses(7) if network == "vit" else linear_losses()
     value, g, h = dense_parts(losses)

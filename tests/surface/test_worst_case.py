@@ -163,7 +163,8 @@ def test_other_samples_get_other_directions(linear_losses):
     )  # two along the gradient, two at random, twice
 
 
-@pytest.mark.parametrize("radius", [pytest.param(1e-2, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("radius", [1e-2, 0.5])
 def test_tail_over_the_ball_by_enumeration(linear_losses, all_orders, radius):
     """At most the share delta of all orders of 5 leaves B sqrt((1/k - 1/n)/delta) at some k' >=
     k, in a quadratic model (eq:ball-tail without remainder); the tolerance of S alone is left

@@ -106,17 +106,6 @@ class Differentiation:
         with second_order_mode():
             return self._product(point, direction, x, y, part, weights)
 
-    def products(
-        self, point: Point, directions: Point, x: Tensor, y: Tensor, part: str, weights: Tensor
-    ) -> Point:
-        """`product` (point, x, y, part, weights as there) for many directions (m, ...) side by
-        side."""
-
-        def one(direction: Point) -> Point:
-            return self._product(point, direction, x, y, part, weights)
-
-        return self._each(one, directions)
-
     def example_products(
         self, point: Point, directions: Point, x: Tensor, y: Tensor, part: str
     ) -> Point:

@@ -289,16 +289,16 @@ class Losses(Coordinates):
         vectors."""
         check_part(part)
         units = torch.eye(self.P, dtype=self.w.dtype, device=self.w.device)
-        together = self.chunk(3) // self.n
-        if self.engine == "chain" or together < 2:
+        together = self.chunk(4) // self.n
+        if together < 2 or self.engine == "loop over examples":
             H = self.hessian(part=part)
             return torch.stack([H(e) for e in units])
-        weights = self.w.new_full((self.n,), 1 / self.n)
+        everyone = self._rows(None)
         rows = []
         for some in units.split(together):
-            directions = self.unflatten(some)
-            found = self._automatic.products(self.point, directions, self.x, self.y, part, weights)
-            rows.append(self.flatten(found, (len(some),)))
+            directions = some.repeat_interleave(self.n, dim=0)
+            found = self.sample_products(directions, everyone.repeat(len(some)), part)
+            rows.append(found.view(len(some), self.n, self.P).mean(1))
         return torch.cat(rows)
 
     def sample_products(self, v: Tensor, rows: Tensor | None = None, part: str = "full") -> Tensor:
