@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -111,6 +113,21 @@ def reference_slope(
     ax.plot(x, y0 * (x / x[0]) ** slope, label=label, **ROLES["reference"])
 
 
+def few_decades(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 times the powers of ten.
+
+    axis  the x or y axis of a plot
+
+    >>> ax = plt.figure().subplots()
+    >>> few_decades(ax.loglog([30, 600], [1, 1])[0].axes.xaxis)
+    >>> ax.xaxis.get_major_formatter()(50.0)
+    '50'
+    """
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def save_figure(figure: Figure, study: str, name: str, data: pd.DataFrame) -> Path:
     """Write a figure and what is plotted in it; unchanged data give unchanged bytes.
 
@@ -124,7 +141,7 @@ def save_figure(figure: Figure, study: str, name: str, data: pd.DataFrame) -> Pa
     Raises OSError where the folder cannot be written; files that were there are kept whole.
 
     >>> import contextlib, tempfile
-    >>> with contextlib.chdir(tempfile.mkdtemp()):
+    >>> with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
     ...     path = save_figure(plt.figure(), "demo", "empty", pd.DataFrame({"k": [1]}))
     ...     sorted(file.name for file in path.parent.iterdir())
     ['empty.csv', 'empty.pdf', 'empty.png']

@@ -86,9 +86,9 @@ class Comparison:
 
     def add_certified(self, part: str, n: int) -> None:
         """The first n certified upper ends among the measured norms of a part, and the products
-        that one takes."""
+        that one takes, in the mean over these."""
         known = self._first(part, n, self.norms["upper"].notna())
-        x, y = (t[:2] for t in self.parts[part])
+        x, y = (t[: len(known)] for t in self.parts[part])
         steps = per_sample_hessian_norms(self.network, x, y, self.loss, certify=True).iterations
         cost = float(steps.double().mean()) * self.unit
         self._add("certified", known, torch.tensor(known["upper"].to_numpy()), cost)

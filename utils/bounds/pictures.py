@@ -79,23 +79,26 @@ def ladder(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
 
 def growth(table: pd.DataFrame) -> Figure:
-    """One panel for each sweep of the table of `compare.growth`, one line for each rung.
+    """The decades a bound loses: one panel for each sweep of the table of `compare.growth`, one
+    line for each rung.
 
-    >>> columns = {"sweep": "depth", "value": [1, 2], "rung": "prior", "log10": [1.0, 2.0]}
-    >>> plt.close(growth(pd.DataFrame(columns)))
+    >>> columns = {"sweep": "depth", "value": [1, 2], "log10": [1.0, 2.0]}
+    >>> rows = [pd.DataFrame(columns | {"rung": rung}) for rung in ("measured", "prior")]
+    >>> plt.close(growth(pd.concat(rows)))
     """
     sweeps = list(table["sweep"].unique())
     figure, axes = plt.subplots(1, len(sweeps), figsize=(8.3, 3.2), sharey=True, squeeze=False)
     for ax, sweep in zip(axes[0], sweeps, strict=True):
-        rows = table[table["sweep"] == sweep]
-        for rung, curve in rows.groupby("rung", sort=False):
-            ax.plot(curve["value"], curve["log10"], **(style(rung) | {"label": shown(rung)}))
-        values = sorted(rows["value"].unique())
+        rows = table[table["sweep"] == sweep].pivot(index="value", columns="rung", values="log10")
+        lost = rows.drop(columns="measured").sub(rows["measured"], axis=0)
+        for rung, curve in lost.items():
+            ax.plot(curve.index, curve, **(style(rung) | {"label": shown(rung)}))
+        values = list(rows.index)
         label = "scale of weights" if sweep == "scale" else sweep
         ax.set(xlabel=label, xscale="linear" if sweep == "depth" else "log")
         ax.set_xticks(values, [f"{v:g}" for v in values])
         ax.minorticks_off()
-    axes[0, 0].set_ylabel(r"$\log_{10}$ of bound and norm")
+    axes[0, 0].set_ylabel(r"$\log_{10}$ (bound / measured)")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5)
     return figure

@@ -8,9 +8,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from utils.figures import ROLES, band
+from utils.figures import ROLES, band, few_decades
 
-COLOURS = {"training": "#0173B2", "calibration": "#029E73", "held-out": "#D55E00"}
+NAMES = {"H_k": "$H_k$", "H_k - H_n": "$H_k - H_n$", "H_k+1 - H_k": "$H_{k+1} - H_k$"}
 
 
 def picture_of_examples(table: pd.DataFrame) -> Figure:
@@ -26,9 +26,9 @@ def picture_of_examples(table: pd.DataFrame) -> Figure:
     edges = np.linspace(decades.min(), decades.max(), 28)
     for part, group in table.groupby("part", sort=False):
         label = f"{part} (n = {len(group)})"
-        line = {"histtype": "step", "linewidth": 1.6, "color": COLOURS[part]}
+        line = {"histtype": "step", "linewidth": 1.6, "color": ROLES[part]["color"]}
         left.hist(decades[group.index], bins=edges, label=label, **line)
-        points = {"color": COLOURS[part], "markersize": 4, "alpha": 0.7, "label": part}
+        points = {"color": ROLES[part]["color"], "markersize": 4, "alpha": 0.7, "label": part}
         right.loglog(group["loss"], group["value"], ".", **points)
     left.set(xlabel="log10 of the norm of a sample's Hessian [nat/w²]", ylabel="samples")
     right.set(xlabel="loss of the sample [nat]", ylabel="norm of its Hessian [nat/w²]")
@@ -80,20 +80,21 @@ def picture_of_differences(norms: pd.DataFrame, n: int, M: float, label: str) ->
         by_size = norms[norms["matrix"] == matrix].groupby("k")["value"]
         rms = by_size.apply(lambda v: np.sqrt((v**2).mean()))
         ax = right if matrix == "H_k+1 - H_k" else left
-        ax.loglog(rms.index, rms, label=matrix, **ROLES[role])
+        ax.loglog(rms.index, rms, label=NAMES[matrix], **ROLES[role])
         band(ax, rms.index, by_size.min(), by_size.max(), role)
     k = np.array(rms.index, dtype=float)
-    right.plot(k, 2 * M / (k + 1), label=f"2 M / (k + 1), M of {label}", **ROLES["bound"])
+    right.plot(k, 2 * M / (k + 1), label=f"$2M/(k+1)$, $M$ of {label}", **ROLES["bound"])
     shape = np.sqrt(1 / k - 1 / n)
     distances = norms.loc[norms["matrix"] == "H_k - H_n", "value"]
     level = np.sqrt((distances**2).mean() / (shape**2).mean())
-    left.plot(k, level * shape, label="proportional to sqrt(1/k - 1/n)", **ROLES["reference"])
+    left.plot(k, level * shape, label=r"proportional to $\sqrt{1/k - 1/n}$", **ROLES["reference"])
     left.set(xlabel="k [samples]", ylabel="spectral norm [nat/w²]")
-    right.set(xlabel="k [samples]", ylabel="spectral norm")
-    left.set_title(f"H_k and its distance to H_n (n = {n})")
+    right.set(xlabel="k [samples]", ylabel="spectral norm [nat/w²]")
+    left.set_title(f"$H_k$ and its distance to $H_n$ (n = {n})")
     right.set_title(f"One step (band: range over {by_size.size().max()} orders)")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    for ax in (left, right):
+        few_decades(ax.xaxis)
+        ax.legend(fontsize=8)
     return figure
 
 
@@ -141,6 +142,6 @@ def picture_of_spectrum(counts: pd.DataFrame, P: int) -> Figure:
     ax.axhline(1, **ROLES["reference"])
     ax.set(xlabel="threshold t [nat/w²]", ylabel=f"eigenvalues out of {P}")
     ax.set_ylim(0.3, 3 * counts["count"].max())
-    ax.set_title(f"Spectrum of H_k, k = {k} ({probes} starts, {steps} steps; band 95 %)")
+    ax.set_title(f"Spectrum of $H_k$, k = {k} ({probes} starts, {steps} steps; band 95 %)")
     ax.legend()
     return figure

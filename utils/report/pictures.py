@@ -10,8 +10,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from utils.figures import ROLES, band
-from utils.hessian.pictures import COLOURS
+from utils.bounds.pictures import shown, style
+from utils.figures import ROLES, band, few_decades
 from utils.surface.pictures import LOOKS, SAMPLES
 
 RADIUS = "distance from w0 [fraction of |w0|]"
@@ -27,10 +27,10 @@ def ladder(bounds: pd.DataFrame, rungs: Sequence[str]) -> Figure:
     >>> plt.close(ladder(pd.DataFrame(columns), ["prior"]))
     """
     figure, ax = plt.subplots(figsize=(8, 4.2))
-    for rung, colour in zip(rungs, sns.color_palette("colorblind", len(rungs)), strict=True):
+    for rung in rungs:
         t = bounds[bounds["rung"] == rung]
-        label = f"{rung} (n = {len(t)})"
-        ax.loglog(t["measured"], t["bound"], ".", label=label, color=colour)
+        look = style(rung) | {"linestyle": "none", "markersize": 4}
+        ax.loglog(t["measured"], t["bound"], label=f"{shown(rung)} (n = {len(t)})", **look)
     ends = bounds["measured"].agg(["min", "max"])
     ax.plot(ends, ends, label="equal", **ROLES["reference"])
     ax.set(xlabel="measured norm of a sample's Hessian [nat/w²]", ylabel="bound on it [nat/w²]")
@@ -50,13 +50,13 @@ def norms(table: pd.DataFrame) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 3.6))
     positive = np.log10(table.loc[table["value"] > 0, "value"])
     edges = np.linspace(positive.min(), positive.max(), 30)
-    for part, colour in COLOURS.items():
+    for part in ("training", "calibration", "held-out"):
         values = table.loc[table["part"] == part, "value"]
         zeros = f", of which {(values == 0).sum()} are 0" if (values == 0).any() else ""
-        look = {"histtype": "step", "linewidth": 1.7, "color": colour}
+        look = {"histtype": "step", "linewidth": 1.7, "color": ROLES[part]["color"]}
         label = f"{part} (n = {len(values)}{zeros})"
         ax.hist(np.log10(values[values > 0]), bins=edges, label=label, **look)
-    ax.set(xlabel="log10 of the norm of a sample's Hessian", ylabel="samples")
+    ax.set(xlabel="log10 of the norm of a sample's Hessian [nat/w²]", ylabel="samples")
     ax.set_title("Per-sample Hessian norms")
     ax.legend()
     return figure
@@ -84,7 +84,7 @@ def attention(sides: pd.DataFrame) -> Figure:
     ax.plot(ends, ends, label="no change", **ROLES["reference"])
     ax.set(xlabel="norm of the block, untrained [nat/w²]")
     ax.set(ylabel="norm of the block, trained [nat/w²]")
-    ax.set_title("Attention's blocks of H_k, untrained and trained")
+    ax.set_title("Attention's blocks of $H_k$, untrained and trained")
     figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
@@ -116,7 +116,7 @@ def convergence(steps: pd.DataFrame, distance: pd.DataFrame) -> Figure:
                 ax.plot(rms["k"], rms["theory_low"], color="0.3", linestyle="--", linewidth=0.9)
     left.legend(fontsize=7.5, title="losses (slope)")
     right.legend(fontsize=7.5)
-    left.set(xlabel=SAMPLES, ylabel="rms of L_{k+1} - L_k [nat]")
+    left.set(xlabel=SAMPLES, ylabel="rms of $L_{k+1} - L_k$ [nat]")
     left.set_title("One step: slope -1 for random numbers too")
     right.set(xlabel=SAMPLES, ylabel="rms distance [nat]")
     right.set_title("Distance to the limit (dark dashes: exact)")
@@ -140,7 +140,7 @@ def one_step_ball(ball: pd.DataFrame, shares: pd.DataFrame, bands: Mapping[str, 
     terms = ball.groupby(["quantity", "radius"])["value"].median().unstack(0)
     for name, role in zip(("measured", "published", "first form", "gradient"), ROLES):
         left.loglog(terms.index, terms[name], label=name, **ROLES[role])
-    left.set(xlabel=RADIUS, ylabel="(k+1) |L_{k+1} - L_k| [nat]", title="Median terms")
+    left.set(xlabel=RADIUS, ylabel="$(k+1)\\,|L_{k+1} - L_k|$ [nat]", title="Median terms")
     left.legend(fontsize=8)
     roles = {"published": "bound", "as printed": "control", "first form": "tighter"}
     for name, role in (roles | {"proved": "measured"}).items():
@@ -177,7 +177,7 @@ def architecture(relative: pd.DataFrame, first: str) -> Figure:
         ax.errorbar(t["ratio"], t["architecture"], xerr=error, fmt="o", color=colour)
         ax.axvline(1, **ROLES["reference"])
         ax.set(xscale="log", xlabel=f"{quantity}, ratio")
-        ax.xaxis.set_minor_formatter("")
+        few_decades(ax.xaxis)
     title = f"Constants relative to {first} ({relative['seeds'].min()} seeds"
     figure.suptitle(f"{title}, 95 % for all {len(relative)})", fontsize=11)
     return figure
@@ -230,6 +230,7 @@ def rules(check: pd.DataFrame) -> Figure:
             ax.errorbar(t["k"], t["failures"], yerr=error, label=rule, **look)
         ax.axhline(1 - check["confidence"].iloc[0], label="allowed", **ROLES["bound"])
         ax.set(xscale="log", xlabel="k of the rule [held-out samples]")
+        few_decades(ax.xaxis)
         ax.set_title(f"tolerance {tau:g} nat")
     axes[0][0].set_ylabel("share of the orders that stray")
     lines = axes[0][0].get_legend_handles_labels()

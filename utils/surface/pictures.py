@@ -54,10 +54,10 @@ def one_step(tables: Mapping[str, pd.DataFrame], n_orders: int) -> Figure:
             low, high = (rms[end] / rms["theory_low"] for end in ("low", "high"))
             band(right, rms["k"], low, high, role)
     right.axhline(1, **ROLES["reference"])
-    left.set(xlabel=SAMPLES, ylabel="mean of |L_{k+1} - L_k| [nat]")
+    left.set(xlabel=SAMPLES, ylabel="mean of $|L_{k+1} - L_k|$ [nat]")
     left.set_title(f"One step (shade: proved bracket; {n_orders} orders)")
     right.set(xlabel=SAMPLES, ylabel="measured rms / exact rms")
-    right.set_title("Against the exact S/sqrt(k(k+1)) (band: trained)")
+    right.set_title(r"Against the exact $S/\sqrt{k(k+1)}$ (band: trained)")
     left.legend(title="slope of the rms", fontsize=7.5, loc="upper right")
     right.legend(fontsize=8)
     return figure
@@ -161,7 +161,7 @@ def one_step_ball(ball: pd.DataFrame, violated: pd.DataFrame) -> Figure:
     for column, (label, look) in lines.items():
         left.loglog(radii, groups[column].median(), label=label, **look)
     band(left, radii, groups["measured"].min(), groups["measured"].max())
-    left.set(xlabel=DISTANCE, ylabel="(k+1) |L_{k+1} - L_k| [nat]")
+    left.set(xlabel=DISTANCE, ylabel="$(k+1)\\,|L_{k+1} - L_k|$ [nat]")
     left.set_title(f"Terms of the one-step theorem (median of {pairs})")
     left.legend(fontsize=7.5)
     for form, role in zip(("proved", "second form", "first form", "published"), LOOKS):

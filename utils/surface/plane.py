@@ -77,7 +77,10 @@ def plane_rows(plane: np.ndarray, order: np.ndarray, sizes: Sequence[int]) -> li
     at = np.asarray(sizes) - 1
     shown = (np.moveaxis(field[..., at], -1, 0) for field in (means, steps))
     values, changes = shown
-    return [Row("L_k [nat]", values, False), Row("|L_{k+1} - L_k| [nat]", changes, True)]
+    return [
+        Row("$L_k$ [nat]", values, False),
+        Row("$|L_{k+1} - L_k|$ [nat]", changes, True),
+    ]
 
 
 def contours(at: np.ndarray, rows: Sequence[Row], titles: Sequence[str]) -> Figure:
