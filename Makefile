@@ -55,10 +55,11 @@ reproduce: .venv/.installed
 
 report: .venv/.installed
 	@test -n "$(STUDY)" || { echo "No study given: type make report NAME=quickstart, or STUDY=PATH.yaml." >&2; exit 1; }
+	@test -f "$(STUDY)" || { echo "There is no study $(STUDY): write it, or name one of studies/." >&2; exit 1; }
 	@mkdir -p $(REPORT)
 	@copy=$(REPORT)/.07_study_report.$$$$.ipynb; trap 'rm -f "$$copy"' EXIT; \
 	  PYTHONHASHSEED=0 $(BIN)/papermill notebooks/07_study_report.ipynb "$$copy" \
-	  -p study $(STEM) -y "runs: []" --cwd . --no-progress-bar && \
+	  -p study $(STEM) -y "runs: []" --cwd . --no-progress-bar --log-level WARNING && \
 	  $(BIN)/python -m workflow normalise "$$copy" $(REPORT)/07_study_report.ipynb
 	@$(BIN)/python -m workflow summary $(STUDY)
 

@@ -78,11 +78,13 @@ def summary(study: str) -> str:
         raise FileNotFoundError(
             f"there are no findings of study {study!r}: run `make study NAME={study}` first."
         )
-    text = findings(study).to_string(
+    table = findings(study)
+    width = table["quantity"].str.len().max()
+    text = table.assign(quantity=table["quantity"].str.ljust(width)).to_string(
         index=False,
         float_format=lambda value: f"{value:.4g}",
         na_rep="",
-        max_colwidth=48,
+        max_colwidth=None,
         justify="left",
     )
     return f"{text}\n\nTable    {path}\nFigures  {FIGURES / study}/\nRuns     {RUNS}/"

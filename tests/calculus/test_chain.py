@@ -192,18 +192,19 @@ def no_trace_of_values(net, x):
 
 
 REFUSED = {
-    "values": (no_trace_of_values, "cannot be traced"),
+    "values": (no_trace_of_values, "branches on values"),
     "random": (lambda net, x: F.dropout(net.a(x), 0.5, True).mean(1), "is random"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_traced_is_refused_in_one_sentence(name):
+def test_what_cannot_be_traced_is_refused_in_one_sentence(name, capfd):
     read, words = REFUSED[name]
     model = Classifier(read=read, a=nn.Linear(4, 4)).double().eval()
     with pytest.raises(Untraceable, match=words) as error:
         read_chain(model, SEQUENCES)
     assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_coupled_examples_are_noticed():

@@ -18,7 +18,7 @@ def test_norms_and_bounds():
     )
     table = findings.table()
     assert list(table["value"]) == [2.0, 5.0, 3.0, 0.5, 1.01]
-    assert list(table["verdict"][2:]) == ["holds", "VIOLATED", "width of the interval"]
+    assert list(table["verdict"][2:]) == ["holds", "violated", "width of the interval"]
     assert tuple(table.loc[0, ["low", "high"]]) == (1.0, 3.0) and math.isnan(table.loc[0, "theory"])
 
 

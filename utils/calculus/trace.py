@@ -7,7 +7,11 @@ and attention whole.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,14 +87,14 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     numbers, or uses what torch.export does not know.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _silence():
             exported = torch.export.export(model, (x[:1],), strict=False).run_decompositions({})
     except Exception as error:  # torch.export raises many kinds
-        reason = " ".join(str(error).split(". ")[0].split())[:200]
-        raise Untraceable(
-            f"The network cannot be traced ({type(error).__name__}: {reason})."
-        ) from None
+        kind = type(error).__name__
+        reason = f"{kind}: {' '.join(str(error).split('. ')[0].split())[:200]}"
+        if kind == "GuardOnDataDependentSymNode":
+            reason = "its forward pass branches on values"
+        raise Untraceable(f"The network cannot be traced ({reason}).") from None
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         changed = ", ".join(signature.buffers_to_mutate.values()) or "its input"
@@ -118,6 +122,20 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
             _clean(found, node)
     found.graph.eliminate_dead_code()
     return found
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what torch.export writes about a network that it then refuses."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _clean(found: Trace, node: fx.Node) -> None:

@@ -148,7 +148,8 @@ def read_npz(path: str) -> Source:
     pickled objects, or arrays that are no examples with labels.
 
     >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "mine.npz"
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> file = Path(folder.name, "mine.npz")
     >>> np.savez(file, x_train=np.zeros((6, 2)), y_train=np.arange(6) % 2)
     >>> read_npz(str(file)).x.shape
     (6, 2)

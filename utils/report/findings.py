@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.surface.verdicts import NONE, verdict
+from utils.surface.verdicts import NONE, inequality, verdict
 
 
 class Findings:
@@ -75,7 +75,7 @@ class Findings:
         """
         for rung in rungs:
             ratio = bounds.loc[bounds["rung"] == rung, "ratio"]
-            word = "holds" if ratio.min() >= 1 - 1e-9 else "VIOLATED"
+            word = inequality((ratio < 1 - 1e-9).any(), slack=ratio.min())
             if rung == "certified":  # its lower end is what is measured
                 word = "width of the interval"
             text, ends = f"bound / measured, {rung}: median", (ratio.min(), ratio.max())

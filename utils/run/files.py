@@ -18,7 +18,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
     path  the file to write; its folder is made where it is missing
 
     >>> import tempfile
-    >>> page = Path(tempfile.mkdtemp(), "new", "page.txt")
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> page = Path(folder.name, "new", "page.txt")
     >>> with atomic(page) as temporary:
     ...     _ = temporary.write_text("whole")
     >>> page.read_text(), [p.name for p in page.parent.iterdir()]

@@ -29,7 +29,7 @@ def begin(stage: str, p: Parameters, wait_s: float | None = None, dtype: str = "
     >>> from utils.run.parameters import DataPreparation
     >>> from utils.run.record import record_of
     >>> p = DataPreparation.model_construct(run="try", seed=0)
-    >>> with contextlib.chdir(tempfile.mkdtemp()):
+    >>> with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
     ...     stage = begin("01", p)
     ...     stage.write_json("dataset.npz", "arrays, as a rule")
     ...     stage.write_json("dataset.json", {"name": "example"})

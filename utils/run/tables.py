@@ -86,7 +86,8 @@ def read_table(path: Path | str, file: str | None = None, pooled: bool = False) 
     Raises ValueError with one sentence where the file is no such table.
 
     >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), "training.csv")
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = Path(folder.name, "training.csv")
     >>> row = {"step": [1], "phase": ["adam"], "gradient_norm": [0.1 + 0.2], "objective": [2]}
     >>> write_table(path, path.name, pd.DataFrame(row))
     >>> float(read_table(path)["gradient_norm"][0])
