@@ -77,7 +77,8 @@ class Operator(Node):
 
     def _unknown(self) -> Unknown:
         return Unknown(
-            f"The {self.name} has no bound: measure with per_sample_hessian_norms(..., certify=True), which knows any network."
+            f"The {self.name} has no bound: measure with "
+            "per_sample_hessian_norms(..., certify=True), which knows any network."
         )
 
     @staticmethod
