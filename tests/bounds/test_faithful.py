@@ -63,6 +63,16 @@ def test_what_a_trace_loses_is_noticed(read):
         hessian_bounds(model, X, Y)
 
 
+def test_bounds_of_coupled_examples_are_refused():
+    """Who reads the mean over the batch, and who reads the next example."""
+    for read in (
+        lambda net, x: torch.tanh(net.first(x - x.mean(0))).mean(1),
+        lambda net, x: torch.tanh(net.first(x.cumsum(0))).mean(1),
+    ):
+        with pytest.raises(ValueError, match="not independent"):
+            hessian_bounds(reading(read), X, Y)
+
+
 def test_complex_buffers_stay_complex():
     class Waves(Net):
         def __init__(self):

@@ -25,7 +25,7 @@ def test_quadratic_majorant(name):
     for rounds in (0, 4):
         operator = Majorants(of, torch.tensor([0]))
         if rounds:
-            operator.balance(uniform(operator.P, 0), rounds)
+            operator.balance(uniform(operator.P, "majorant balance", 0, operator.rows), rounds)
         every = torch.zeros(operator.P, dtype=torch.int64)  # all unit vectors, of one example
         Q = operator(torch.eye(operator.P, dtype=F64), every)
         Q = torch.ldexp(Q, -operator.exponent)

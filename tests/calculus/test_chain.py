@@ -75,6 +75,22 @@ def tied():
     return Classifier(nn.Sequential(layer, nn.Tanh(), layer))
 
 
+class Shifted(nn.Module):
+    """Adds a buffer, which another module may own as well."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.register_buffer("shift", shift)
+
+    def forward(self, x):
+        return x + self.shift
+
+
+def shared_buffer():
+    shift = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    return Classifier(nn.Sequential(Shifted(shift), nn.Linear(4, 4), nn.Tanh(), Shifted(shift)))
+
+
 def embedded():
     return Classifier(nn.Sequential(nn.Embedding(11, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()))
 
@@ -86,6 +102,7 @@ CASES = {name: (build, IMAGES) for name, build in NETWORKS.items()} | {
     "odd operators": (odd_operators, SEQUENCES),
     "in place": (in_place, SEQUENCES),
     "tied": (tied, SEQUENCES),
+    "shared buffer": (shared_buffer, SEQUENCES),
     "embedded": (embedded, TOKENS),
 }
 
@@ -215,6 +232,15 @@ def test_coupled_examples_are_noticed():
     tape = tape_of(model, SEQUENCES, LABELS)
     with pytest.raises(Untraceable, match="not independent"):
         check_outputs(tape, model(SEQUENCES).detach())
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e-200])
+def test_tiny_products_are_symmetric_too(scale):
+    """Their squares are no numbers of float64."""
+    model = Classifier(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))).double().eval()
+    with torch.no_grad():
+        model.head.weight.mul_(scale)
+    assert symmetric(tape_of(model, SEQUENCES, LABELS))
 
 
 def test_a_wrong_derivative_is_not_symmetric():

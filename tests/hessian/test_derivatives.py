@@ -1,15 +1,17 @@
 """Losses, gradients and products against double backward, on real networks in float64."""
 
+import sys
 from types import MethodType
 
 import pytest
 import torch
-from exact import F64, TIGHT, close, losses_of, reference, sample_hessians
+from exact import F64, TIGHT, close, exact_norms, losses_of, reference, sample_hessians
 from networks import CASES, Call, case, examples, random_vit, randomised, small_first
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from utils.bounds import hessian_bounds
 from utils.hessian import (
     Losses,
     hessian_vector_product,
@@ -154,6 +156,46 @@ def test_both_engines_give_the_same(name):
         close(known.product(V[0], part=part), unknown.product(V[0], part=part), 1e-9)
         close(known.sample_products(V, part=part), unknown.sample_products(V, part=part), 1e-9)
     close(known.sample_gradients(), unknown.sample_gradients())
+
+
+WIDTH = 1.0
+
+
+class Clipped(nn.Module):
+    """What its forward pass does stands in a private attribute, in one of the class, in a global,
+    or in a private tensor."""
+
+    width = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(16, 4), nn.Linear(4, 3)
+        self._width, self._scale = 1.0, torch.ones(())
+
+    def forward(self, x):
+        width = self._width * self.width * WIDTH * self._scale
+        return self.head(torch.tanh(width * self.a(x.flatten(1))))
+
+
+@pytest.mark.parametrize("place", ["private", "class", "global", "tensor"])
+def test_networks_that_differ_outside_their_layers(monkeypatch, place):
+    """A chain that was read for one is not the other's."""
+    x, y = examples()
+    model = randomised(Clipped())
+    before = Losses(model, x, y).chain
+    if place == "private":
+        model._width = 3.0
+    elif place == "class":
+        monkeypatch.setattr(Clipped, "width", 3.0)
+    elif place == "global":
+        monkeypatch.setattr(sys.modules[__name__], "WIDTH", 3.0)
+    else:
+        model._scale = torch.tensor(3.0)
+    assert Losses(model, x, y).chain is not before
+    exact = reference(model, x, y, "cross_entropy")[2]
+    close(dense_hessian(model, x, y), exact)
+    above = hessian_bounds(model, x, y, rung="majorant", confidence=1 - 1e-9).values
+    assert (above >= exact_norms(model, x, y) * (1 - 1e-9)).all()
 
 
 def test_a_changed_network_is_read_anew():

@@ -256,7 +256,9 @@ def test_arguments_that_make_no_sense():
     refused(lambda: per_sample_losses(model, x, y, "hinge"), "hinge")
     assert per_sample_losses(model, x[:1], y[:1]).shape == (1,)
     assert per_sample_hessian_norms(model, x[:1], y[:1]).value.shape == (1,)
-    for confidence in (-9.0, 1.0, 1.5):
+    refused(lambda: per_sample_hessian_norms(model, x, y, max_steps=0), "max_steps", "0")
+    refused(lambda: hessian_norm(model, x, y, max_steps=0), "max_steps", "0")
+    for confidence in (-9.0, 0.0, 1.0, 1.5):
         refused(
             lambda c=confidence: per_sample_hessian_norms(model, x, y, certify=True, confidence=c),
             "confidence",

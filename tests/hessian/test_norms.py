@@ -261,6 +261,13 @@ def test_difference_norms_are_those_of_dense_differences(ordered):
         assert step.value == pytest.approx(float(exact), rel=1e-8) and limit.value == first.value
     for sizes in ([0], [5], [2, 7]):
         refused(lambda s=sizes: hessian_difference_norms(model, x, y, s, loss=loss), "sizes")
+    for wrong in ([0] * 5, [0, 1, 2, 3, -1], [0, 1, 2, 3], list(range(6))):
+        refused(lambda o=wrong: hessian_difference_norms(model, x, y, [2], o), "permutation")
+    for late in (order[1], -1, 5):
+        refused(
+            lambda a=late: hessian_difference_norms(model, x, y, [2], order, loss, arriving=a),
+            "arrive",
+        )
 
 
 @pytest.mark.slow

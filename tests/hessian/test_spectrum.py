@@ -115,5 +115,15 @@ def test_block_norms_are_those_of_the_dense_blocks():
         exact = torch.linalg.matrix_norm(H[owner == i][:, owner == j], 2).item()
         assert found.values[i, j] == pytest.approx(exact, rel=1e-6), (i, j)
         assert found.residual[i, j] <= 1e-3 * exact
+    # groups that share parameters
+    names = [n for n, _ in model.named_parameters()]
+    mixed = {"all": ["*"], "some": names[2:5], "others": [names[4], "head.*"]}
+    found = hessian_block_norms(model, x, y, loss, groups=mixed, tolerance=1e-4, max_steps=60)
+    place = dict(zip(names, torch.arange(len(H)).split([p.numel() for p in model.parameters()])))
+    meant = {"all": names, "some": names[2:5], "others": [names[4], "head.weight", "head.bias"]}
+    rows = [torch.cat([place[n] for n in group]) for group in meant.values()]
+    for i, j in itertools.product(range(3), repeat=2):
+        exact = torch.linalg.matrix_norm(H[rows[i]][:, rows[j]], 2).item()
+        assert found.values[i, j] == pytest.approx(exact, rel=1e-6), (i, j)
     # any other module: one group for each submodule that owns parameters
     assert list(parameter_groups(Fused())) == ["scale", "shift", "embed", "qkv", "head"]

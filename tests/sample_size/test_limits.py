@@ -128,6 +128,9 @@ def test_limits_by_formula():
     # few pairs: the upper end is infinite and the lower one stands
     few = spread_limits(losses[:, :60], kurtosis, failure)
     assert few.upper == math.inf and 0 < few.lower < few.estimate
+    # equal losses are no proof that all are equal
+    assert spread_limits(np.ones((1, 60)), kurtosis, failure).upper == math.inf
+    assert spread_limits(np.ones((1, 501)), kurtosis, failure).upper == 0.0
     # twice a pilot's own ratio, where it is larger
     spiked = np.zeros(400)
     spiked[:4] = 10.0

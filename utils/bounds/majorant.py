@@ -44,7 +44,7 @@ def majorant(
     confidence  that every "M" holds, over the start, between 0 and 1
     max_steps   products of Lanczos for each example at most
     rounds      power steps that balance the couplings
-    seed        of the start
+    seed        of both directions
     memory      budget of the working arrays [bytes]
 
     Raises ValueError for a confidence outside (0, 1), Unknown for a node without a majorant.
@@ -59,8 +59,8 @@ def majorant(
     parts = []
     for rows in torch.arange(of.n, device=of.x.device).split(size):
         operator = Majorants(of, rows)
-        start = uniform(first.P, seed).to(of.x.device).expand(len(rows), -1)
-        operator.balance(start, rounds)
+        operator.balance(uniform(first.P, "majorant balance", seed, rows), rounds)
+        start = uniform(first.P, "lanczos start", seed, rows)
         ritz = lanczos(operator, start, max_steps=max_steps, done=lambda ritz, j: ritz.exhausted)
         parts.append((operator.unscaled(ritz.high), ritz.steps, ritz.exhausted))
     high, steps, exhausted = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
@@ -71,14 +71,15 @@ def majorant(
     return {"lower": high, "M": torch.where(exhausted, high, certified) * ROUNDING, "steps": steps}
 
 
-def uniform(P: int, seed: int) -> Tensor:
-    """A direction (1, P), uniform on the sphere, from a stream of its own.
+def uniform(P: int, name: str, seed: int, rows: Tensor) -> Tensor:
+    """A direction (m, P), uniform on the sphere and the same for all m `rows`.
 
-    P     coordinates
-    seed  of the stream
+    P           coordinates
+    name, seed  of its stream: Lanczos' start must not have met the matrix before
     """
-    stream = generator("lanczos start", seed)
-    return torch.randn(1, P, generator=stream, dtype=torch.float64)
+    stream = generator(name, seed)
+    one = torch.randn(1, P, generator=stream, dtype=torch.float64)
+    return one.to(rows.device).expand(len(rows), -1)
 
 
 class Majorants(Coordinates):

@@ -198,6 +198,7 @@ def misfit_power(norms: pd.DataFrame, seed: int) -> tuple[float, float, float]:
     """
     logs = np.log(norms[["q", "value"]].to_numpy())
     draws = numpy_generator("misfit", seed).integers(len(logs), size=(400, len(logs)))
-    power, *slopes = (np.polyfit(*logs[some].T, 1)[0] for some in [slice(None), *draws])
+    slopes = [np.polyfit(logs[draw, 0], logs[draw, 1], 1)[0] for draw in draws]
+    power = np.polyfit(logs[:, 0], logs[:, 1], 1)[0]
     low, high = np.quantile(slopes, [0.025, 0.975])
     return float(low), float(power), float(high)

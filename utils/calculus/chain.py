@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from utils.calculus.lowering import Kinds, Lowering, Step
 from utils.calculus.rewrite import fuse_elementwise, fuse_rms_norm, push_selections
-from utils.calculus.trace import trace
+from utils.calculus.trace import export, place, trace
 
 MOST = 64  # chains kept
 
@@ -74,25 +76,31 @@ def read_chain(model: nn.Module, x: Tensor, kinds: Kinds | None = None) -> Chain
     kinds  nodes of your own, by the operator's name ("sin" for aten.sin): functions from the fx
            node, whose `meta["val"].shape` is the shape of one example's value, to the node
 
-    Chains are kept: the same structure is traced once. Raises Untraceable, in one sentence.
+    Chains are kept. A network of torch's layers or of this repository's is known again by them; any
+    other is run by torch.export each time, and known by what that noted. Raises Untraceable, in one
+    sentence.
 
     >>> read_chain(nn.Linear(4, 3), torch.ones(5, 4)).parameters == {"weight", "bias"}
     True
     """
-    key = None if kinds else _signature(model, x)
-    if key is not None and key in _kept:
-        _kept.move_to_end(key)
-        return _kept[key]
-    chain = _read(model, x, kinds or {})
-    if key is not None:
-        _kept[key] = chain
-        while len(_kept) > MOST:
-            _kept.popitem(last=False)
-    return chain
+    if kinds:
+        return _read(model, export(_OneTensor(model), x), kinds)
+    key = _signature(model, x)
+    if key is None or key not in _kept:
+        exported = export(_OneTensor(model), x)
+        key = key or _operators(model, exported)
+        if key is None:
+            return _read(model, exported, {})
+        if key not in _kept:
+            _kept[key] = _read(model, exported, {})
+    _kept.move_to_end(key)
+    while len(_kept) > MOST:
+        _kept.popitem(last=False)
+    return _kept[key]
 
 
-def _read(model: nn.Module, x: Tensor, kinds: Kinds) -> Chain:
-    traced = trace(_OneTensor(model), x)
+def _read(model: nn.Module, exported: ExportedProgram, kinds: Kinds) -> Chain:
+    traced = trace(_OneTensor(model), exported)
     prefix = "net."
     traced.parameters = {
         place: name.removeprefix(prefix) for place, name in traced.parameters.items()
@@ -133,12 +141,14 @@ def forget(chain: Chain) -> None:
 # --- chains that were read before -----------------------------------------------------------------
 
 _kept: OrderedDict[tuple, Chain] = OrderedDict()
+_OURS = ("torch.", "utils.networks.")  # whose forward reads nothing but the module's attributes
+_BOOKKEEPING = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def _signature(model: nn.Module, x: Tensor) -> tuple | None:
-    """What a chain depends on but for the values of parameters and buffers; None where that cannot
-    be said."""
+    """What a chain depends on but for the values of parameters and buffers, told from the module's
+    layers; None where a layer is not one of ours, or has an attribute without a description."""
     parts: list = [
         tuple(x.shape[1:]),
         x.dtype.is_floating_point,
@@ -146,8 +156,12 @@ def _signature(model: nn.Module, x: Tensor) -> tuple | None:
     ]
     seen: dict[int, int] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        if not type(module).__module__.startswith(_OURS):
+            return None
         own = {
-            k: v for k, v in vars(module).items() if not k.startswith("_") or k.endswith("_hooks")
+            k: v
+            for k, v in vars(module).items()
+            if k not in _BOOKKEEPING or k == "training" or k.endswith("_hooks")
         }
         plain = []
         for key, value in sorted(own.items()):
@@ -162,6 +176,28 @@ def _signature(model: nn.Module, x: Tensor) -> tuple | None:
         )
         parts.append((name, type(module), type(module).forward, tuple(plain), shapes))
     return tuple(parts)
+
+
+def _operators(model: nn.Module, exported: ExportedProgram) -> tuple | None:
+    """The same, told from what torch.export noted: operators with their arguments and modules,
+    types, names, and the values of constants; None where it calls another graph."""
+    nodes = list(exported.graph.nodes)
+    if any(n.op == "get_attr" for n in nodes):
+        return None
+    operators = [(n.format_node(), place(n) if n.op == "call_function" else "") for n in nodes]
+    tensors = [n.meta.get("val") for n in nodes]
+    kinds = [(tuple(t.shape), kind(t)) for t in tensors if isinstance(t, Tensor)]
+    names = [
+        (spec.kind.name, str(spec.arg), spec.target)
+        for spec in exported.graph_signature.input_specs
+    ]
+    tied = {id(p): n for n, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    first = [tied[id(p)] for _, p in model.named_parameters(remove_duplicate=False)]
+    constants = [
+        (name, t.dtype, sha256(t.detach().cpu().reshape(-1).view(torch.uint8).numpy()).digest())
+        for name, t in exported.constants.items()
+    ]
+    return tuple(operators), tuple(kinds), tuple(names), tuple(first), tuple(constants)
 
 
 def kind(t: Tensor) -> str:

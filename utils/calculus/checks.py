@@ -113,6 +113,8 @@ def asymmetry(tape: Tape, seed: int = 0) -> float:
     w = direction()
     hu = flat(tape.product(u))
     hw = flat(tape.product(w))
+    largest = torch.maximum(hu.abs().amax(1), hw.abs().amax(1)).clamp_min(1e-300)[:, None]
+    hu, hw = hu / largest, hw / largest  # whose squares could be 0 though they are not
     u, w = flat(u), flat(w)
     size = w.norm(dim=1) * hu.norm(dim=1) + u.norm(dim=1) * hw.norm(dim=1)
     difference = ((w * hu).sum(1) - (u * hw).sum(1)).abs()

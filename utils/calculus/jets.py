@@ -57,7 +57,14 @@ class Jet:
     @property
     def moves(self) -> bool:
         """Whether anything moves it."""
-        return bool(self.a.any())
+        return bool(self.movers)
+
+    @property
+    def movers(self) -> list[int]:
+        """The groups that move it, be it to second order alone, as a weight behind a weight of 0
+        does."""
+        moved = self.a.any(0) | self.B.flatten(0, 1).any(0)
+        return moved.nonzero()[:, 0].tolist()
 
     def __add__(self, other: Jet) -> Jet:
         return Jet(self.a + other.a, self.B + other.B)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 NARROW = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
@@ -30,7 +31,7 @@ class Trace:
 
     graph       fx nodes; the last one is the output
     parameters  placeholder -> the parameter's name; a tied parameter has one name, the first
-    buffers     placeholder -> the buffer's name in the module
+    buffers     placeholder -> the buffer's name in the module, likewise
     constants   placeholder -> a tensor that the graph holds itself
     input       placeholder of the input (1, ...)
     casts       where the module names a floating-point type: computed in the type of the weights
@@ -77,32 +78,41 @@ def swapped_axes(node: fx.Node) -> list[int]:
     return order
 
 
-def trace(model: nn.Module, x: Tensor) -> Trace:
-    """Trace a module in evaluation mode at its first example.
+def export(model: nn.Module, x: Tensor) -> ExportedProgram:
+    """Run a module in evaluation mode at its first example and note every operator.
 
     model  returns one tensor; left as it is
     x      (n, ...), inputs, of which the first is used
 
-    Raises Untraceable where the graph depends on values, changes buffers or its input, draws random
-    numbers, or uses what torch.export does not know.
+    Raises Untraceable where the graph depends on values or torch.export does not know something.
     """
     try:
         with _silence():
-            exported = torch.export.export(model, (x[:1],), strict=False).run_decompositions({})
+            return torch.export.export(model, (x[:1],), strict=False)
     except Exception as error:  # torch.export raises many kinds
         kind = type(error).__name__
         reason = f"{kind}: {' '.join(str(error).split('. ')[0].split())[:200]}"
         if kind == "GuardOnDataDependentSymNode":
             reason = "its forward pass branches on values"
         raise Untraceable(f"The network cannot be traced ({reason}).") from None
+
+
+def trace(model: nn.Module, exported: ExportedProgram) -> Trace:
+    """The graph of an exported module without in-place operators.
+
+    Raises Untraceable where it changes buffers or its input, or draws random numbers.
+    """
+    with _silence():
+        exported = exported.run_decompositions({})
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         changed = ", ".join(signature.buffers_to_mutate.values()) or "its input"
         raise Untraceable(f"The forward pass changes {changed}.")
     first_name: dict[int, str] = {}
     canonical = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        canonical[name] = first_name.setdefault(id(parameter), name)
+    named = model.named_parameters, model.named_buffers
+    for name, tensor in (pair for all_of in named for pair in all_of(remove_duplicate=False)):
+        canonical[name] = first_name.setdefault(id(tensor), name)
     found = Trace(exported.graph, {}, {}, {}, "", [])
     for spec in signature.input_specs:
         kind = spec.kind.name
@@ -110,7 +120,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         if kind == "PARAMETER":
             found.parameters[name] = canonical[spec.target]
         elif kind == "BUFFER":
-            found.buffers[name] = spec.target
+            found.buffers[name] = canonical[spec.target]
         elif kind == "CONSTANT_TENSOR":
             found.constants[name] = exported.constants[spec.target].detach()
         elif kind == "USER_INPUT":

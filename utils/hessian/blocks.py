@@ -153,11 +153,14 @@ class _Block:
         self.pair = losses.moving([*first, *second])
         self.H = self.pair.hessian()
         self.unit = unit
-        inner = set(losses.moving(second).point)
-        inside = {n: torch.full_like(t, n in inner) for n, t in self.pair.point.items()}
-        self.inside = self.pair.flatten(inside).bool()
-        self.outside = self.inside if first == second else ~self.inside
+        self.outside, self.inside = (self._mask(losses, group) for group in (first, second))
         self.size = int(self.inside.sum())
+
+    def _mask(self, losses: Losses, group: list[str]) -> Tensor:
+        """The coordinates (P,) that belong to a group."""
+        members = losses.moving(group).point
+        parts = {n: torch.full_like(t, n in members) for n, t in self.pair.point.items()}
+        return self.pair.flatten(parts).bool()
 
     def start(self, seed: int) -> Tensor:
         return torch.where(self.inside, uniform_start((self.pair.P,), self.pair, seed), 0.0)

@@ -68,7 +68,8 @@ def hessian_difference_norms(
 
     Each difference is the Hessian of one weighted sum of losses, never of a subsample. Cost of one
     size: 8 to 20 products over k, over k + 1 and over n examples.
-    Raises ValueError for sizes outside 1 to n - 1.
+    Raises ValueError for sizes outside 1 to n - 1, an order that is no permutation, and an example
+    that arrives twice.
 
     >>> model, x = torch.nn.Linear(2, 3), torch.eye(2).repeat(3, 1)
     >>> norms = hessian_difference_norms(model, x, [0, 1, 2, 0, 1, 2], [2, 4])
@@ -82,6 +83,14 @@ def hessian_difference_norms(
     if not all(1 <= k < n for k in sizes):
         raise ValueError(
             f"sizes {list(sizes)} have to lie between 1 and n - 1 = {n - 1}: choose such k."
+        )
+    if not torch.equal(order.sort().values, torch.arange(n, device=order.device)):
+        raise ValueError(f"The order is no permutation of the {n} examples: give each index once.")
+    later = order[max(sizes) :].tolist()
+    if arriving is not None and int(arriving) not in later:
+        raise ValueError(
+            f"Example {arriving} cannot arrive after the first {max(sizes)}: give one from the "
+            "rest of the order."
         )
     start = uniform_start((losses.P,), losses, seed)
     ones = losses.w.new_ones(n)

@@ -118,7 +118,7 @@ def lanczos(
                 of 1e-4
     room        (3, at least m, P), memory for these three: fresh memory costs as much as a pass
 
-    Raises ValueError where a product is not finite.
+    Raises ValueError where a product is not finite, or none is allowed.
     Source: Golub, Van Loan, Matrix Computations, section 10.1.
 
     >>> values = torch.tensor([1.0, -3.0, 2.0], dtype=torch.float64)
@@ -127,6 +127,8 @@ def lanczos(
     >>> round(ritz.low.item(), 9), round(ritz.high.item(), 9)
     (-3.0, 2.0)
     """
+    if max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}: give at least 1 product.")
     m, P = start.shape
     max_steps = min(max_steps, P)
     rows = torch.arange(m, device=start.device)  # operators at work, in the order of the vectors

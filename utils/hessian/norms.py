@@ -100,6 +100,8 @@ def per_sample_hessian_norms(
     losses = Losses(model, x, y, loss, **options)
     size = losses.chunk(max_steps + 4 if certify else 6)
     if certify:
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence is {confidence}: give a number between 0 and 1.")
         failure = (1 - confidence) / losses.n
         measure = partial(_certified_norms, failure=failure, width=max(tolerance, 0.05))
     else:

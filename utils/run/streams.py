@@ -39,6 +39,7 @@ STREAMS: dict[str, tuple[str, int]] = {
     "dense estimate": (NUMPY, 31),  # ARPACK's start for a small dense Hessian
     "pyhessian": (TORCH, 0x9E5510),  # the adapter's scale, and PyHessian's own draws
     # bounds
+    "majorant balance": (TORCH, 0xBA1A),  # the direction along which couplings are balanced
     "misfit": (NUMPY, 37),  # bootstrap over examples
     "gram start": (NUMPY, 0),  # ARPACK's start for a Gram matrix; its seed is always 0
     # surface

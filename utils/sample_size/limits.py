@@ -149,10 +149,9 @@ def limits(
     if ceiling is not None:
         upper = bounded_upper(mean, ceiling, pairs, failure)
         kurtosis = max(1.0, ceiling / upper)
-    elif mean > 0:
-        upper = mean * inflation(pairs, kurtosis, failure)
     else:
-        upper = 0.0
+        factor = inflation(pairs, kurtosis, failure)
+        upper = mean * factor if math.isfinite(factor) else math.inf  # of a mean of 0 too
     return Spread(mean, lower, upper, pairs, kurtosis, observed)
 
 

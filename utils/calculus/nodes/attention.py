@@ -35,6 +35,8 @@ from utils.calculus.nodes.products import Matmul
 from utils.calculus.nodes.rows import Softmax
 from utils.calculus.nodes.shape import Combination, Expand, Mask, Permute, Reshape, Select
 
+HIDDEN = -1e30  # a score from which softmax makes 0 beside every other that float32 can hold
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -90,7 +92,10 @@ def attention(A: Known, V: Known, at: Situation) -> Known | None:
 
 
 def _scores(A: Known) -> tuple[Known, Known, float] | None:
-    """(Q, K^T, scale) of rows softmax(scale Q K^T + what does not move), masked or not."""
+    """(Q, K^T, scale) of rows softmax(scale Q K^T + what does not move), masked or not.
+
+    A masked key must have no weight: with one it would not be a product of a query and a key.
+    """
     if not isinstance(A.node, Softmax) or A.node.axis % (len(A.shape) + 1) != len(A.shape):
         return None
     scale = 1.0
@@ -98,6 +103,8 @@ def _scores(A: Known) -> tuple[Known, Known, float] | None:
     while not isinstance(T.node, Matmul):
         moving = [i for i, x in enumerate(T.inputs) if x.jet.moves]
         if len(moving) != 1 or not isinstance(T.node, Combination | Mask | Reshape):
+            return None
+        if isinstance(T.node, Mask) and T.node.value > HIDDEN:
             return None
         if isinstance(T.node, Combination):
             scale = scale * T.node.factors[moving[0]]

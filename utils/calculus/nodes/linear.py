@@ -131,12 +131,12 @@ class Linear(Bilinear):
             return jet
         first = W_1.norm()
         between = spectral(self.matrix(W) @ before.node.matrix(W_1))
-        between = between + W.moved * weight + W_1.moved * first
+        between = between + W.moved * first + W_1.moved * weight
         between = at.number("W_21", between)
         slope = through(between, weight * first, x.notes["act1"], slopes.low, slopes.high)
         rest = source.jet.smooth(slope, weight * x.notes["act2"] * first**2)
-        own = sum(known.jet.a.sum(0) for known in (W, W_1, *bias, *bias_1))
-        return jet.least(rest, own.nonzero()[:, 0].tolist())
+        own = {g for known in (W, W_1, *bias, *bias_1) for g in known.jet.movers}
+        return jet.least(rest, sorted(own))
 
 
 class LinearForm:

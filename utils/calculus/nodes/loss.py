@@ -119,7 +119,8 @@ class SquaredError(_Loss):
     def norms(self, inputs: Inputs, saved: tuple | None, at: Situation) -> Known:
         f = inputs[0]
         count = math.prod(f.shape)
-        target = self.y.flatten(1).norm(dim=1) if self.y.is_floating_point() else 1.0
+        one_hot = math.sqrt(self.y[0].numel())  # a 1 for each token
+        target = self.y.flatten(1).norm(dim=1) if self.y.is_floating_point() else one_hot
         r = 2 / count * (f.full + target)
         if saved is not None:
             r = least(saved[0].flatten(1).norm(dim=1) + 2 / count * f.moved, r)
