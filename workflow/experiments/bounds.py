@@ -29,6 +29,7 @@ from utils.run.layout import RESULTS
 ROUNDING = 1e-13  # of a dense Hessian that is zero but for it
 CONFIDENCE = 1 - 1e-9  # of the majorant, for the two samples of a case together
 SUBSETS = (None, ["head.*"], ["blocks.0.*", "head.*"])
+OTHERS = (None, ["head.*"], ["query.*"], ["value.*"])  # of the network with unusual attention
 
 
 def draw(generator: np.random.Generator) -> tuple[dict, dict]:
@@ -57,6 +58,8 @@ def draw(generator: np.random.Generator) -> tuple[dict, dict]:
         "zeros": float(choice([0, 0, 0.1, 0.4])),  # share of the tensors that are zero
         "fill": float(choice([0, -2, -1e4, -math.inf])),  # the score of a masked key
         "radius": float(10 ** generator.uniform(-4, 0)),
+        "alike": float(choice([0, 0, 1])),  # share of an example that all of its tokens have
+        "other": int(generator.integers(len(OTHERS))),
     }
     return sizes, about | {"subset": SUBSETS[int(generator.integers(len(SUBSETS)))]}
 
@@ -117,7 +120,7 @@ def network(number: int, sizes: dict, about: dict) -> nn.Module:
         model = build_model("vit", **sizes)
     else:
         model = Filled(sizes, about["fill"]) if kind == 2 else Tokens(sizes)
-        about["subset"] = about["subset"] and ["head.*"]
+        about["subset"] = OTHERS[about["other"]] if kind == 2 else about["subset"] and ["head.*"]
     with torch.no_grad():
         for name, p in model.named_parameters():
             gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -151,6 +154,7 @@ def case(number: int) -> list[dict]:
     torch.manual_seed(number)
     model = network(number, sizes, about)
     x = 2 * torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    x = x + about["alike"] * (x[:, :, :1] + 1e-3 * x - x)
     tokens = (2, 4) if isinstance(model, Filled) else (2,)
     y = torch.randint(sizes["n_classes"], tokens)
     P = sum(p.numel() for p in model.parameters())
