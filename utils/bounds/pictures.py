@@ -29,7 +29,7 @@ def style(rung: str) -> dict:
     >>> style("majorant") == ROLES["majorant"]
     True
     """
-    return STYLES.get(rung) or ROLES[rung]
+    return {"marker": "o", "markersize": 3.5} | (STYLES.get(rung) or ROLES[rung])
 
 
 def shown(rung: str) -> str:
@@ -55,7 +55,7 @@ def ladder(table: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     for rung in summary.index:
         rows = table[table["rung"] == rung]
         look = style(rung) | {"linestyle": "none", "markersize": 4, "label": shown(rung)}
-        left.loglog(rows["measured"], rows["bound"], **({"marker": "o"} | look))
+        left.loglog(rows["measured"], rows["bound"], **look)
     ends = table["measured"].agg(["min", "max"])
     left.plot(ends, ends, **ROLES["reference"])
     left.set(xlabel="measured norm [nat/w²]", ylabel="bound [nat/w²]", title="Bound against norm")

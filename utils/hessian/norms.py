@@ -90,7 +90,7 @@ def per_sample_hessian_norms(
     done when the other end, with its own residual, cannot overtake it any more.
     With `certify` the start is uniform and runs until the interval is narrower than `tolerance` (at
     least 5 %) of the value; `upper` is inf while nothing can be said. Rounding is not covered.
-    Cost: 8 to 15 products an example, with `certify` about 50. Source: Theorem (thm:lanczos).
+    Cost: 8 to 15 products an example, with `certify` about 35. Source: Theorem (thm:lanczos).
 
     >>> model = torch.nn.Linear(2, 3, bias=False)
     >>> _ = torch.nn.init.zeros_(model.weight)  # the Hessian of a loss is (1/K - 1/K^2) x x^T ...
