@@ -100,6 +100,7 @@ def attention(fill: float):
     return Chosen(forward, parts, {"mask": torch.ones(4, 4).triu(1).bool()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", [None, ["q.*"], ["k.*"]])
 @pytest.mark.parametrize("fill", [0.0, -2.0, -1e4, -torch.inf])
 def test_masked_keys_that_keep_a_weight(fill, parameters):

@@ -104,6 +104,7 @@ READS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READS)
 def test_bounds_are_above_or_refused(name):
     model = reading(READS[name])

@@ -43,7 +43,7 @@ def above(bound: float, exact: float, scale: float) -> bool:
     return bound >= exact * (1 - 1e-9) - 1e-10 * scale - ROUNDING
 
 
-LARGER = ("two blocks", "post cls relu", "encoder post")
+LARGER = ("two blocks", "post cls relu", "encoder pre", "encoder post", "fused")
 CASES = [(name, "cross_entropy") for name in NETWORKS if name not in LARGER]
 CASES += [(name, "mse") for name in ("post mean gelu", "mlp", "heads with a mask")]
 CASES += [pytest.param(name, "cross_entropy", marks=pytest.mark.slow) for name in LARGER]

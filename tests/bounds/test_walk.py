@@ -145,6 +145,7 @@ def test_sizes_and_displacements_on_the_ball(name):
     assert max(close) > 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", small_first(BALLS))
 def test_the_ball_of_radius_zero_is_the_point(name):
     """Values tend to those of the point as the radius does, grow with it, and stay below the

@@ -124,6 +124,7 @@ def test_only_on_a_cpu_has_a_chunk_a_size_of_its_own(monkeypatch):
     assert tight.chunk(24) == scarce < 64
 
 
+@pytest.mark.slow
 def test_model_and_generators_are_left_alone():
     model, x, y, loss = case("fused")
     model = model.float().train()
