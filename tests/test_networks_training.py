@@ -299,11 +299,11 @@ def test_refusals():
     x, y = random_data()
     refused(
         lambda: train(nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(16, 3)), x, y),
-        "dropout",
+        "training mode",
     )
     refused(
         lambda: train(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3)), x, y),
-        "batch statistics",
+        "training mode",
     )
     refused(lambda: train(tiny_vit(), x, y, epochs=1, loss="hinge"), "hinge")
 
@@ -311,10 +311,10 @@ def test_refusals():
 @pytest.mark.parametrize(
     "epochs, polish_steps, size, said",
     [
-        (2, 5, 1e25, "in epoch 1"),
-        (0, 5, 1e25, "before polishing"),
-        (0, 0, 1e200, "gradient"),
-        (0, 5, 1e200, "output"),
+        (2, 5, 1e25, "no finite number"),
+        (0, 5, 1e25, "no finite number"),
+        (0, 0, 1e200, "no finite number"),
+        (0, 5, 1e200, "no finite number"),
     ],
 )
 def test_objective_that_is_not_finite(epochs, polish_steps, size, said):
@@ -327,4 +327,4 @@ def test_objective_that_is_not_finite(epochs, polish_steps, size, said):
     refused(lambda: train(tiny_linear(), size * x.double(), y, loss="mse", **budget), said)
     with torch.no_grad():
         broken.pos[0] = math.nan
-    refused(lambda: train(broken, x, y, **budget), "finite")
+    refused(lambda: train(broken, x, y, **budget), "pos hold NaN")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from bounded import bilinear_norm, chain_values, columns, norm2
 from networks import NETWORKS, flat, random_mlp, random_vit, small_first, uneven_examples
+from refusal import refused
 from torch.func import jacfwd
 
 from utils.bounds import SLOPES, hessian_bounds, measured_norms
@@ -253,7 +254,7 @@ def test_one_token_and_saturated_and_overflow():
     huge = random_vit(0, 1e120)
     for rung in ("closed_form", "prior"):
         assert (hessian_bounds(deep, x, y, rung=rung).values == math.inf).all()
-        assert (hessian_bounds(huge, x, y, rung=rung).values == math.inf).all()
+        refused(lambda r=rung: hessian_bounds(huge, x, y, rung=r), "no finite number")
     assert not hessian_bounds(deep, x, y).values.isnan().any()
 
 

@@ -28,7 +28,7 @@ from utils.calculus.lemmas import (
 )
 from utils.calculus.nodes.elementwise import SLOPES
 from utils.networks import ViT
-from utils.networks.contract import prepared_copy
+from utils.networks.copies import prepared_copy
 
 
 def check(

@@ -12,8 +12,9 @@ from utils.calculus.chain import Chain, read_chain
 from utils.calculus.checks import check_gradient, check_outputs
 from utils.calculus.tape import Tape
 from utils.hessian.coordinates import select_parameters
-from utils.networks.contract import check_labels, prepared_copy, second_order_mode
-from utils.networks.losses import check_loss, logits, loss_from_logits
+from utils.networks.contract import admit
+from utils.networks.copies import second_order_mode
+from utils.networks.losses import logits, loss_from_logits
 
 ROUNDING = 1 + 1e-10  # covers that of sums of products of nonnegative numbers
 FEW = 8  # examples on which the chain is held to the network
@@ -34,7 +35,7 @@ class Subject:
 
     model    a copy in evaluation mode; `chain` read off it
     x, y     inputs (n, ...) and labels (n,) or (n, T), or targets for "mse"
-    loss     "cross_entropy" or "mse"
+    loss     "cross_entropy", "mse" or "bce"
     groups   names of all groups of weights: the parameters of one module are one group
     kept     which of them the Hessian is taken in
     size     numbers in the largest value of one example times its last axis
@@ -89,23 +90,11 @@ def subject(
 
     Raises ValueError where something does not fit, Untraceable where the network cannot be read.
     """
-    check_loss(loss)
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(
-            f"x has {len(x)} examples and y has {len(y)}: give as many labels as inputs, "
-            "at least one."
-        )
-    if not all(bool(t.isfinite().all()) for t in (x, *model.parameters())):
-        raise ValueError("The inputs or the weights hold NaN or infinity: remove them, run again.")
-    twin = prepared_copy(model)
-    device = next(twin.parameters()).device
-    x = x.to(device, torch.float64) if x.is_floating_point() else x.to(device)
-    y = y.to(device, torch.float64) if y.is_floating_point() else y.to(device)
+    twin, x, y = admit(model, x, y, loss)
     chain = read_chain(twin, x)
     few = slice(FEW)
     with torch.no_grad():
         output = logits(twin, x[few])
-    check_labels(y, output.shape, loss)
     names = [name for name, _ in twin.named_parameters()]
     tape = tape_of(twin, chain, x[few], y[few], loss, names)
     with torch.enable_grad(), second_order_mode():

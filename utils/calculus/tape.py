@@ -33,7 +33,7 @@ class Tape:
     chain    of the network, from `read_chain`
     point    its parameters and buffers by name
     x, y     inputs (n, ...), labels (n,) or (n, T), or targets of the output's shape for "mse"
-    loss     "cross_entropy" or "mse"
+    loss     "cross_entropy", "mse" or "bce"
     moving   names of the parameters that have tangents and gradients; all of them by default
     sums     False: each example has its own direction (n, ...) and its own product; True: one
              direction (...) for all, and products and gradients are summed over the examples

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
-from utils.networks.contract import second_order_mode
+from utils.networks.copies import second_order_mode
 from utils.networks.losses import logits, loss_from_logits
 from utils.run.streams import generator
 

@@ -23,14 +23,9 @@ from utils.calculus.chain import forget
 from utils.calculus.checks import check_chain
 from utils.hessian.coordinates import Coordinates, Operator
 from utils.hessian.differentiation import Differentiation, check_part
-from utils.hessian.memory import KEPT, MEMORY, WALK, activation_numbers
-from utils.networks.contract import (
-    check_labels,
-    prepared_copy,
-    refuse_random_or_batch_dependent,
-    second_order_mode,
-)
-from utils.networks.losses import check_loss
+from utils.networks.contract import admit
+from utils.networks.copies import second_order_mode
+from utils.networks.memory import KEPT, MEMORY, WALK, activation_numbers
 
 
 class Losses(Coordinates):
@@ -38,15 +33,14 @@ class Losses(Coordinates):
 
     model       the network; a copy is taken
     x, y        inputs (n, ...) and labels (n,), arrays of torch or numpy
-    loss        "cross_entropy" or "mse" [nat, or squared difference]
+    loss        "cross_entropy", "mse" or "bce" [nat, or squared difference]
     parameters  names or patterns of the coordinates that move (`select_parameters`)
     dtype       of the computation
     device      of the computation, the model's if None
     chunk_size  examples at once; by default as many as `memory` has room for
     memory      budget of the working arrays [bytes]
 
-    Raises ValueError for an unknown loss, patterns that match nothing, weights that are not finite
-    and models whose loss of an example is random or depends on the other examples.
+    Raises ValueError for patterns that match nothing, and what `admit` refuses.
 
     >>> model = torch.nn.Linear(2, 3)
     >>> losses = Losses(model, torch.ones(4, 2), [0, 1, 2, 0], parameters=["weight"])
@@ -67,36 +61,16 @@ class Losses(Coordinates):
         chunk_size: int | None = None,
         memory: int = MEMORY,
     ):
-        x, y = torch.as_tensor(x), torch.as_tensor(y)
-        if len(x) != len(y) or len(x) == 0:
-            raise ValueError(
-                f"x has {len(x)} samples and y has {len(y)}: "
-                "give as many labels as inputs, at least one."
-            )
-        check_loss(loss)
-        first = next(model.parameters(), None)
-        if first is None:
-            raise ValueError("The model has no parameters: give one that has weights.")
-        device = first.device if device is None else device
-        self.model = prepared_copy(model, dtype, device)
-        self.x = x.to(device=device, dtype=dtype if x.is_floating_point() else x.dtype)
-        self.y = y.to(device) if y.is_floating_point() else y.to(device).long()
+        admitted = admit(model, x, y, loss, dtype=dtype, device=device, memory=memory)
+        self.model, self.x, self.y = admitted
         self.loss = loss
         self.chunk_size = chunk_size
         self.memory = memory
-        self.n = len(x)
-        for n, p in self.model.named_parameters():
-            if not p.isfinite().all():
-                raise ValueError(
-                    f"The weights {n} hold NaN or infinity: "
-                    "train the model again or load other weights."
-                )
+        self.n = len(self.x)
+        for p in self.model.parameters():
             p.requires_grad_(False)  # derivatives are of a point put in the parameters' place
-        refuse_random_or_batch_dependent(self.model, self.x)
         self._size: int | None = None
         self._automatic = Differentiation(self.model, loss)
-        with torch.no_grad():
-            check_labels(self.y, self._automatic.logits({}, self.x[:1]).shape, loss)
         self.move(dict(self.model.named_parameters()), parameters)
         self.chain: Chain | None = None
         self.untraced = ""

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from utils.hessian.losses import Losses
-from utils.networks.contract import second_order_mode
+from utils.networks.copies import second_order_mode
 from utils.networks.losses import logits, loss_from_logits
 from utils.run.streams import generator, torch_seed
 

@@ -1,150 +1,174 @@
-"""What a model has to satisfy: the loss of an example is a smooth function of the weights alone."""
+"""The gate: what a model and its examples have to satisfy, checked once before anything is spent.
+
+The loss of an example has to be a function of the weights and of that example alone, and a finite
+number, for every example.
+"""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
-from utils.networks.losses import IGNORED, logits
+from utils.networks.copies import first_sentence, prepared_copy, second_order_mode
+from utils.networks.labels import as_tensor, fitting_labels
+from utils.networks.losses import check_loss, logits_of, loss_from_logits
+from utils.networks.memory import MEMORY, activation_numbers
+from utils.run.streams import generator
 
-
-@contextmanager
-def second_order_mode() -> Iterator[None]:
-    """Attention by its mathematical kernel: the fused ones have no second derivative.
-
-    >>> with second_order_mode():
-    ...     torch.backends.mha.get_fastpath_enabled()
-    False
-    """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+TOGETHER = 64  # examples of a forward pass, at most
+ALONE = 64  # so few examples are also asked one by one
+AGREE = 1e-4  # of the size of an output: what rounding may do in another batch
 
 
-def prepared_copy(
+class Admitted(NamedTuple):
+    """A copy of the model for computing, and the examples in its precision and on its device."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+
+def admit(
     model: nn.Module,
+    x: Any,
+    y: Any,
+    loss: str = "cross_entropy",
+    *,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
-) -> nn.Module:
-    """A copy of `model` in eval mode and in `dtype`, all its weights free to move.
+    memory: int = MEMORY,
+) -> Admitted:
+    """Check a model and its examples, all of them.
 
-    device  of the copy; default: where the model is
+    model   maps inputs to logits or values (n, K) or (n, T, K)
+    x, y    inputs (n, ...) and labels (`fitting_labels`), arrays of torch or numpy
+    loss    one of `LOSSES`
+    dtype   of the computation
+    device  of the computation, the model's if None
+    memory  for a forward pass [bytes]
 
-    The model handed in keeps its `.grad`, modes and frozen weights. Complex buffers stay complex.
-    Raises ValueError for complex weights.
+    Raises ValueError, one sentence, where an output is random, depends on the other examples or is
+    no finite number, where labels do not fit, or where the model is none that can be measured.
 
-    >>> prepared_copy(nn.Linear(2, 3)).weight.dtype
-    torch.float64
+    >>> admit(nn.Linear(2, 3), [[1.0, 2.0]], [2]).y
+    tensor([2])
     """
-    for name, p in model.named_parameters():
-        if p.is_complex():
-            raise ValueError(f"{name} is complex: split it into its real and imaginary part.")
+    check_loss(loss)
+    twin = prepared_copy(model, dtype, device)
+    where = next(twin.parameters()).device
+    x, y = _as_many(as_tensor(x, "x"), as_tensor(y, "y"))
+    x = x.to(where, dtype) if x.is_floating_point() else x.to(where)
+    y = y.to(where, dtype) if y.is_floating_point() else y.to(where)
+    bad = _first_bad(x)
+    if bad is not None:
+        raise ValueError(f"Input {bad} holds NaN or infinity: remove that example.")
+    with torch.random.fork_rng():
+        f = _output(twin, x[:1])
+        y = fitting_labels(y, (len(x), *f.shape[1:]), loss)
+        size = f.element_size() * activation_numbers(twin, x[:1])
+        _check_outputs(twin, x, y, loss, max(1, min(TOGETHER, memory // max(size, 1))))
+    return Admitted(twin, x, y)
+
+
+def _as_many(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    counts = [len(t) if t.ndim else 0 for t in (x, y)]
+    if counts[0] != counts[1] or counts[0] == 0:
+        raise ValueError(
+            f"x has {counts[0]} examples and y has {counts[1]}: "
+            "give as many labels as inputs, at least one."
+        )
+    return x, y
+
+
+def _first_bad(values: Tensor) -> int | None:
+    """The first example with a number that is not finite."""
+    finite = values.flatten(1).isfinite().all(1) if values.ndim > 1 else values.isfinite()
+    return None if finite.all() else int((~finite).nonzero()[0])
+
+
+def _output(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output (n, K) or (n, T, K) for x, or ValueError."""
+    try:
+        with torch.no_grad(), second_order_mode():
+            output = model(x.clone())
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"The model fails on inputs of shape {tuple(x.shape)} and type {x.dtype} "
+            f"({first_sentence(error)}): give it what it was made for."
+        ) from None
+    f = logits_of(output)
+    if f.ndim not in (2, 3) or len(f) != len(x) or not f.is_floating_point() or f.numel() == 0:
+        raise ValueError(
+            f"The model returns {f.dtype} of shape {tuple(f.shape)} for {len(x)} examples: "
+            "it has to return logits (n, classes), or (n, tokens, classes)."
+        )
+    return f
+
+
+def _check_outputs(model: nn.Module, x: Tensor, y: Tensor, loss: str, rows: int) -> None:
+    """Every example's output in two batches of different company, and its loss."""
+    everyone = torch.arange(len(x), device=x.device)
+    sizes: list[Tensor] = []
+    marks: list[Tensor] = []
+    for some in everyone.split(rows):
+        f = _output(model, x[some])
+        bad = _first_bad(f)
+        if bad is None:
+            bad = _first_bad(loss_from_logits(f, y[some], loss))
+        if bad is not None:
+            raise ValueError(
+                f"The output or the loss of example {int(some[bad])} is no finite number: "
+                "look at the example and at the weights."
+            )
+        if not marks and not torch.equal(f, _output(model, x[some])):
+            raise ValueError(
+                "The model gives two outputs for one input: switch its randomness off."
+            )
+        sizes.append(f.flatten(1).norm(dim=1))
+        marks.append(_marks(f))
+    size = torch.cat(sizes)[:, None]
+    mark = torch.cat(marks)
+    fewer = 1 if len(x) <= ALONE else max(1, rows // 2 - 1)
+    groups = -(-len(x) // fewer)
+    for start in range(groups):  # neighbours above are in different batches now
+        some = everyone[start::groups]
+        difference = (_marks(_output(model, x[some])) - mark[some]).abs()
+        apart = (difference > AGREE * size[some]).any(1)
+        if apart.any():
+            raise ValueError(
+                f"The output for example {int(some[apart][0])} depends on the other examples of "
+                "its batch: remove what mixes them."
+            )
+
+
+def _marks(f: Tensor) -> Tensor:
+    """Two numbers (n, 2) that tell outputs apart without keeping them: products with random
+    directions, the same for all."""
+    stream = generator("marks of outputs", 0)
+    directions = torch.randn(f[0].numel(), 2, generator=stream, dtype=torch.float64)
+    return f.flatten(1) @ directions.to(f)
+
+
+def refuse_other_training(model: nn.Module, x: Tensor) -> None:
+    """Raise ValueError where the model computes something else in training mode than in evaluation
+    mode: dropout, batch statistics.
+
+    x  inputs (n, ...), of which the first eight are looked at, or as many as there are
+
+    >>> refuse_other_training(nn.Dropout(0.0), torch.ones(2, 3))
+    """
     twin = copy.deepcopy(model)
-    waves = {name: b for name, b in twin.named_buffers() if b.is_complex()}
-    waves = {name: b.clone() for name, b in waves.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch would take the real part; it is put back below
-        twin = twin.to(device=device, dtype=dtype).eval()
-    for name, b in waves.items():
-        owner, _, last = name.rpartition(".")
-        wide = b.to(device=device, dtype=torch.promote_types(dtype, torch.complex64))
-        setattr(twin.get_submodule(owner), last, wide)
-    for p in twin.parameters():
-        p.grad = None
-        p.requires_grad_(True)
-    return twin
-
-
-def refuse_random_or_batch_dependent(model: nn.Module, x: Tensor) -> None:
-    """Raise ValueError unless l_i(w) is a function of the weights w and of example i alone.
-
-    model  in eval mode; maps inputs to logits (n, K) or (n, T, K), without batch statistics
-    x      inputs (n, ...), of which the first two are looked at
-
-    >>> refuse_random_or_batch_dependent(nn.Linear(2, 3), torch.zeros(4, 2))
-    """
-    _refuse_modules(model)
-    with torch.no_grad(), second_order_mode():
-        together = logits(model, x[:2])
-        again = logits(model, x[:2])
-        alone = logits(model, x[:1])
-    if together.ndim not in (2, 3):
-        shape = tuple(together.shape)
+    x = x[:8].to(next(iter(twin.parameters()), x).dtype) if x.is_floating_point() else x[:8]
+    with torch.random.fork_rng():
+        f = _output(twin.eval(), x)
+        same = torch.allclose(_output(twin.train(), x), f, rtol=AGREE, atol=AGREE * f.abs().max())
+    if not same:
         raise ValueError(
-            f"The model returns shape {shape}: it has to return logits (n, classes), or "
-            "(n, tokens, classes)."
-        )
-    if not together.isfinite().all():
-        raise ValueError(
-            "The model's output is not a finite number: look at its weights and at the inputs."
-        )
-    if not torch.equal(together, again):
-        raise ValueError(
-            "The model gives two outputs for one input: switch its randomness off and run again."
-        )
-    if not torch.allclose(together[:1], alone, rtol=1e-4, atol=1e-5):
-        raise ValueError(
-            "The model's output for an example depends on the rest of the batch: "
-            "remove that and run again."
-        )
-
-
-def _refuse_modules(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            raise ValueError(
-                f"{name} uses batch statistics: replace it (LayerNorm, GroupNorm) and run again."
-            )
-
-
-def refuse_dropout(model: nn.Module) -> None:
-    """Raise ValueError where a layer of the model drops units in training, which here has none.
-
-    >>> refuse_dropout(nn.Dropout(0.0))
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.p > 0:
-            raise ValueError(
-                f"{name} is dropout with p = {module.p}: build the model with p = 0 and run again."
-            )
-
-
-def check_labels(y: Tensor, shape: torch.Size, loss: str) -> None:
-    """Raise ValueError unless the labels fit a network's output.
-
-    y      labels (n,) or (n, T), or for "mse" also targets of the output's shape
-    shape  of the output for some examples: (m, K) or (m, T, K)
-    loss   "cross_entropy" or "mse"
-
-    >>> check_labels(torch.tensor([0, 2]), torch.Size([1, 3]), "cross_entropy")
-    """
-    if y.is_floating_point() and loss == "mse":
-        if y.shape[1:] != shape[1:]:
-            raise ValueError(
-                f"The targets have shape {tuple(y.shape)}, the output {tuple(shape)}: "
-                "give one target for each number of the output."
-            )
-        return
-    if y.is_floating_point() or y.shape[1:] != shape[1:-1]:
-        raise ValueError(
-            f"y has shape {tuple(y.shape)} and type {y.dtype}, the logits {tuple(shape)}: "
-            "give one integer label for each row of logits."
-        )
-    counted = y[y != IGNORED] if y.ndim > 1 else y
-    classes = shape[-1]
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
-        raise ValueError(
-            f"y has to hold integer classes from 0 to {classes - 1}: map the labels to them."
+            "The model computes something else in training mode (dropout, batch statistics), and "
+            "this training has neither: build it without, or train it yourself and give weights."
         )

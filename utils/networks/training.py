@@ -21,12 +21,8 @@ from torch.optim import lr_scheduler
 
 from utils.data import Dataset
 from utils.hessian import Losses, per_sample_losses
-from utils.networks.contract import (
-    prepared_copy,
-    refuse_dropout,
-    refuse_random_or_batch_dependent,
-    second_order_mode,
-)
+from utils.networks.contract import admit, refuse_other_training
+from utils.networks.copies import second_order_mode, to_precision
 from utils.networks.losses import logits
 from utils.networks.polishing import Objective, Polishing, stopping_rule
 from utils.run.streams import generator
@@ -75,7 +71,7 @@ def train(
     that do not require a gradient stay as they are; `epochs=0, polish_steps=0` leaves all of them.
 
     x, y           inputs (n, ...) and labels (n,)
-    loss           "cross_entropy" or "mse"
+    loss           "cross_entropy", "mse" or "bce"
     l2             weight of the penalty |w - w_init|^2 / 2 [1]
     epochs         of Adam, in batches of `batch_size` examples
     learning_rate  of Adam at the start of the `schedule`, "cosine" (down to 0) or "constant"
@@ -93,13 +89,9 @@ def train(
     (True, True)
     """
     result = Training()
-    device = next(model.parameters()).device
-    x = x.to(device)
-    y = y.to(device)
-    in_double = x.double() if x.is_floating_point() else x
-    refuse_dropout(model)
-    refuse_random_or_batch_dependent(prepared_copy(model), in_double)
-    model.to(torch.float32 if epochs else torch.float64).eval()
+    twin, x, y = admit(model, x, y, loss)
+    refuse_other_training(twin, x)
+    to_precision(model, torch.float32 if epochs else torch.float64).eval()
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not moving:
         raise ValueError(
@@ -124,7 +116,7 @@ def train(
         permutations = [torch.randperm(len(x), generator=order) for _ in range(epochs)]
         batches = [rows.split(batch_size) for rows in permutations]
         _put(model, single.unflatten(_adam(objective, batches, learning_rate, schedule, note)))
-    model.to(torch.float64)
+    to_precision(model, torch.float64)
     losses = losses_in(torch.float64)
     w = losses.w.cpu()  # the optimiser works on the CPU, the losses where they are
     rule = stopping_rule if threshold is None else lambda losses, w: threshold
@@ -184,8 +176,9 @@ def _adam(
     return w
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of the examples `x` (n, ...) whose largest logit in the model is that of `y` (n,).
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy") -> float:
+    """Share of the examples `x` (n, ...) whose largest logit in the model is that of `y` (n,); with
+    the `loss` "bce" of those whose one logit has the sign of their class.
 
     >>> accuracy(nn.Linear(2, 1), torch.ones(3, 2), torch.zeros(3))
     1.0
@@ -193,7 +186,9 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     with torch.no_grad(), second_order_mode():
         weights = next(model.parameters())
         x = x.to(weights) if x.is_floating_point() else x.to(weights.device)
-        right = logits(model, x).argmax(-1) == y.to(x.device)
+        f = logits(model, x)
+        chosen = (f[..., 0] > 0).long() if loss == "bce" else f.argmax(-1)
+        right = chosen == y.to(x.device)
         return right.double().mean().item()
 
 
@@ -215,7 +210,7 @@ def evaluate(model: nn.Module, dataset: Dataset, loss: str = "cross_entropy") ->
         x = getattr(dataset, f"x_{part}")
         y = getattr(dataset, f"y_{part}")
         losses = per_sample_losses(model, x, y, loss)
-        right = accuracy(model, x, y)
+        right = accuracy(model, x, y, loss)
         rows[name] = {
             "examples": len(x),
             "accuracy": right,

@@ -81,7 +81,7 @@ class ModelTraining(Parameters):
     activation: choice("gelu", "gelu_tanh", "relu")
     pool: choice("cls", "mean")
     eps: Positive
-    loss: choice("cross_entropy", "mse")
+    loss: choice("cross_entropy", "mse", "bce")
     l2: NotNegative
     epochs: Natural
     batch_size: Count

@@ -31,6 +31,7 @@ STREAMS: dict[str, tuple[str, int]] = {
     # generator after torch.manual_seed(seed): the same numbers, so the first order is not
     # independent of the weights. Kept: every committed network was trained so.
     "block check": (TORCH, 0),  # random block of the calculus' comparison with autograd
+    "marks of outputs": (TORCH, 0x3A4B5),  # directions that tell outputs apart; its seed is 0
     # calculus
     "symmetry": (TORCH, 0x5E77),  # directions that test a chain; they say yes or no and no more
     # hessian

@@ -319,7 +319,7 @@ def pilot(
     ball       radius of the ball of `Pilot.ball` and `Pilot.excess`
     fitted_on  the inputs that the weights were fitted to: if one of the pilot's is among them the
                answers are labelled pool statements
-    loss       "cross_entropy" or "mse"
+    loss       "cross_entropy", "mse" or "bce"
     kurtosis   the assumption on rare losses behind the upper limits, see `limits.limits`;
                `Pilot.kurtosis` may be changed between questions
     n_probes   weights that stand for the neighbourhood

@@ -24,7 +24,7 @@ from utils.hessian.losses import MEMORY, SampleHessians
 from utils.hessian.pyhessian import density
 from utils.hessian.spectrum import SpectralDensity
 from utils.networks import ViT
-from utils.networks.contract import prepared_copy
+from utils.networks.copies import prepared_copy
 from utils.surface import identities, random_orders
 from workflow.benchmark.settings import BASES, Method, Sizes, say
 
