@@ -1,5 +1,6 @@
 """What a specification builds, what a user's own file may do, and restoring from files."""
 
+import os
 import sys
 
 import pytest
@@ -17,7 +18,7 @@ from utils.networks import (
     restore,
     untrained,
 )
-from utils.networks.contract import prepared_copy
+from utils.networks.copies import prepared_copy
 
 INFO = {"input_shape": [2, 4, 4], "n_classes": 3, "name": "tiny"}
 
@@ -119,8 +120,7 @@ def test_user_file_with_its_own_utils(tmp_path, package):
 def test_user_file_that_fails_leaves_our_modules(tmp_path):
     path = user_folder(tmp_path, True)
     search = list(sys.path)
-    with pytest.raises(RuntimeError, match="inside"):
-        build_for_data(f"{path}:broken", INFO)
+    refused(lambda: build_for_data(f"{path}:broken", INFO), "RuntimeError: inside", "broken")
     assert sys.modules["utils.networks.build"] is build and sys.path == search
     for spec in (
         f"{path}:number",
@@ -130,6 +130,47 @@ def test_user_file_that_fails_leaves_our_modules(tmp_path):
     ):
         refused(lambda spec=spec: build_for_data(spec, INFO))
         assert sys.modules["utils.networks.build"] is build and sys.path == search
+
+
+WRONG_FILES = {
+    "syntax": ("def make(info) return 3", "SyntaxError"),
+    "import": ("import nothing_of_that_name", "ModuleNotFoundError"),
+    "key": ("def make(info): return info['classes']", "KeyError: 'classes'"),
+    "two lines": ("def make(info): raise ValueError('one\\ntwo')", "one two"),
+    "exit": ("import sys\nsys.exit(0)", "SystemExit"),
+    "no weights": ("from torch import nn\nmake = lambda info: nn.Tanh()", "no parameters"),
+    "state": (
+        "from torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def get_extra_state(self): return {'epoch': 3}\n"
+        "    def set_extra_state(self, state): pass\n"
+        "make = lambda info: Net(2, 3)",
+        "could not be saved",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_user_files_that_fail_say_so_in_a_sentence(tmp_path, name):
+    text, said = WRONG_FILES[name]
+    (tmp_path / "net.py").write_text(text)
+    refused(lambda: build_for_data(f"{tmp_path}/net.py:make", INFO), said)
+
+
+def test_what_a_user_file_sets_is_put_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = """
+import os, torch
+os.chdir("/")
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(3)
+make = lambda info: torch.nn.Linear(2, 3)
+"""
+    (tmp_path / "net.py").write_text(text)
+    before = torch.get_num_threads()
+    build_for_data(f"{tmp_path}/net.py:make", INFO)
+    assert (os.getcwd(), torch.get_num_threads()) == (str(tmp_path), before)
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_describe_and_restore(tmp_path):
@@ -169,6 +210,6 @@ def test_weights_that_do_not_fit(tmp_path):
         with pytest.raises(ValueError) as error:
             call()
         assert str(error.value).endswith(".") and "\n" not in str(error.value)
-    assert set(before) == set(model.state_dict())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     # the weights' dtype is taken over
     assert load_state(tiny_vit().float(), before).pos.dtype == torch.float64

@@ -303,7 +303,7 @@ def test_refusals():
     )
     refused(
         lambda: train(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3)), x, y),
-        "training mode",
+        "batch normalisation",
     )
     refused(lambda: train(tiny_vit(), x, y, epochs=1, loss="hinge"), "hinge")
 

@@ -24,3 +24,16 @@ def test_split_without_a_test_part_uses_every_row():
     train, calibration, test = split_rows(y, 0.2, None, np.random.RandomState(0))
     assert (len(train), len(calibration), len(test)) == (40, 10, 0)
     assert set(train) | set(calibration) == set(range(50))
+
+
+@pytest.mark.parametrize("rare", [3, 4, 5, 9])
+@pytest.mark.parametrize("fractions", [(0.2, 0.2), (0.4, 0.4), (0.1, 0.5), (0.5, 0.3), (0.05, 0.9)])
+def test_a_rare_class_is_in_every_part_or_refused(rare, fractions):
+    y = np.r_[np.zeros(1000, int), np.ones(rare, int)]
+    try:
+        parts = split_rows(y, *fractions, np.random.RandomState(0))
+    except ValueError as error:
+        message = str(error)
+        assert message.endswith(".") and ". " not in message and "class 1" in message
+    else:
+        assert sorted(np.concatenate(parts)) == list(range(len(y)))

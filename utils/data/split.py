@@ -77,7 +77,8 @@ def split_rows(
     order                 "random" draws parts stratified by y; with "published" the parts follow
                           each other, and only the order inside each is random
 
-    Raises ValueError where a part would be smaller than the number of classes.
+    Raises ValueError where a part would be smaller than the number of classes, and where the
+    held-out part would leave a class fewer than two examples.
 
     >>> y = np.repeat([0, 1], 10)
     >>> parts = split_rows(y, 0.2, 0.2, np.random.RandomState(0))
@@ -103,6 +104,13 @@ def split_rows(
     test = rows[:0]
     if n_test:
         rows, test = train_test_split(rows, test_size=n_test, stratify=y, random_state=random)
+        left = np.bincount(y[rows], minlength=int(y.max()) + 1)
+        rarest = min(set(y.tolist()), key=lambda c: left[c])
+        if left[rarest] < 2:
+            raise ValueError(
+                f"The held-out part would leave {left[rarest]} of the {(y == rarest).sum()} "
+                f"examples of class {rarest}: lower test_fraction, or add examples of it."
+            )
     train, calibration = train_test_split(
         rows, test_size=n_calibration, stratify=y[rows], random_state=random
     )

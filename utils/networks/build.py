@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from utils.networks.copies import check_module, first_sentence
 from utils.networks.mlp import MLP, MLPConfig
 from utils.networks.vit import ViT, ViTConfig
 
@@ -48,8 +51,8 @@ def build_for_data(spec: str, info: dict, **sizes: int | float | str | bool) -> 
     info   of the data set (`Dataset.info`): its "input_shape" and "n_classes" complete `sizes`
     sizes  of which each kind takes what it has; for "mlp" the width is `d_model`
 
-    Raises ValueError for another spec, for sizes that do not fit the data, and where PATH.py has
-    no such function.
+    Raises ValueError for another spec, for sizes that do not fit the data, where PATH.py has no
+    such function or fails, and for a network that cannot be measured or saved.
 
     >>> info = {"input_shape": [1, 4, 4], "n_classes": 3}
     >>> build_for_data("mlp", info, d_model=5, depth=1, n_heads=2).config.d_in
@@ -82,18 +85,36 @@ def _user_network(spec: str, info: dict) -> nn.Module:
     path = Path(named).resolve()
     if not path.is_file():
         raise ValueError(f"There is no file {named}: give model as PATH.py:function.")
-    with _own_imports(path.parent):
-        build = getattr(_executed(path), function, None)
-        if not callable(build):
-            raise ValueError(
-                f"{path.name} has no function {function!r}: give model as PATH.py:function."
-            )
-        model = build(copy.deepcopy(info))
+    with _own_imports(path.parent), _settings_kept():
+        try:
+            build = getattr(_executed(path), function, None)
+            model = build(copy.deepcopy(info)) if callable(build) else None
+        except (Exception, SystemExit) as error:  # of the user's code, whatever it is
+            raise ValueError(f"{spec} failed ({first_sentence(error)}): correct it.") from error
+    if not callable(build):
+        raise ValueError(
+            f"{path.name} has no function {function!r}: give model as PATH.py:function."
+        )
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{spec} returned {type(model).__name__}: it has to return a torch.nn.Module."
         )
+    check_module(model)
+    check_state(model)
     return model
+
+
+def check_state(model: nn.Module) -> None:
+    """Raise ValueError where the weights of `model` cannot be written to a file after training.
+
+    >>> check_state(nn.Linear(2, 3))
+    """
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise ValueError(
+                f"{name} in the state of the model is no dense tensor, so that the weights could "
+                "not be saved: keep it out of the state, or make it a buffer."
+            )
 
 
 def _executed(path: Path) -> ModuleType:
@@ -103,6 +124,20 @@ def _executed(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """What a user's file may set stays as it was: default type, threads, working directory."""
+    dtype = torch.get_default_dtype()
+    threads = torch.get_num_threads()
+    folder = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
 
 
 def _modules_named_utils() -> dict[str, ModuleType]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 
@@ -32,7 +33,8 @@ def second_order_mode() -> Iterator[None]:
 
 
 def check_module(model: nn.Module) -> None:
-    """Raise ValueError unless `model` is a module with real, finite weights that are numbers.
+    """Raise ValueError unless `model` is a module with real, finite weights that are numbers, and
+    without batch normalisation.
 
     >>> check_module(nn.Linear(2, 3))
     """
@@ -45,6 +47,12 @@ def check_module(model: nn.Module) -> None:
         raise ValueError("The model has no parameters: give one that has weights.")
     for name, p in parameters.items():
         _check_parameter(name, p)
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ValueError(
+                f"{name} is batch normalisation, whose statistics are those of a batch: fold it "
+                "into the layer before it, or replace it by LayerNorm or GroupNorm."
+            )
 
 
 def _check_parameter(name: str, p: Tensor) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.networks.build import build_for_data, build_model
+from utils.networks.copies import to_precision
 from utils.networks.mlp import MLP
 from utils.networks.vit import ViT
 
@@ -80,18 +81,29 @@ def read_weights(path: str) -> State:
 def load_state(model: nn.Module, state: State) -> nn.Module:
     """Copy the tensors `state` by name into the `model`, which takes their dtype, and return it.
 
-    Raises ValueError where names or shapes differ.
+    Raises ValueError where names, shapes or kinds differ; the model is left as it was then.
 
     >>> load_state(nn.Linear(2, 3), nn.Linear(2, 3).double().state_dict()).weight.dtype
     torch.float64
     """
+    own = model.state_dict()
+    for name in [*own, *state]:
+        if name not in state or name not in own:
+            where = "the file" if name in own else "the model"
+            raise ValueError(f"The weights do not fit the model: {where} has no {name}.")
+        ours, given = own[name], state[name]
+        if ours.shape != given.shape:
+            raise ValueError(
+                f"The weights do not fit the model: {name} has the shape {tuple(given.shape)} in "
+                f"the file and {tuple(ours.shape)} in the model."
+            )
+        if ours.is_floating_point() != given.is_floating_point():
+            raise ValueError(
+                f"The weights do not fit the model: {name} has type {given.dtype} in the file and "
+                f"{ours.dtype} in the model."
+            )
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
-        model = model.to(dtypes.pop())
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        found = " ".join(str(error).split())
-        message = f"The weights do not fit the model ({found}): use the file that this model wrote."
-        raise ValueError(message) from None
+        model = to_precision(model, dtypes.pop())
+    model.load_state_dict(state)
     return model

@@ -163,7 +163,12 @@ class ViT(nn.Module):
     def patches(self, x: Tensor) -> Tensor:
         """Images x (B, C, S, S) -> patches (B, N_p, C p^2), row by row, each channel by channel."""
         B, C, p = len(x), self.config.channels, self.config.patch_size
-        side = self.config.image_size // p  # patches along a side
+        S = self.config.image_size
+        if x.shape[1:] not in ((C, S, S), (C * S * S,)):
+            raise ValueError(
+                f"the images have shape {tuple(x.shape)} in place of (n, {C}, {S}, {S})"
+            )
+        side = S // p  # patches along a side
         x = x.reshape(B, C, side, p, side, p)
         x = x.permute(0, 2, 4, 1, 3, 5)  # (B, side, side, C, p, p)
         return x.reshape(B, side * side, C * p * p)

@@ -142,10 +142,11 @@ class Stage:
             write_table(path, file, frame)
 
     def write_safetensors(self, file: str, tensors: dict[str, Any]) -> None:
-        """Write tensors by name to a file, copied to the CPU."""
+        """Write tensors by name to a file, copied to the CPU; two that share memory are written
+        twice."""
         from safetensors.torch import save
 
-        copies = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         with self.writing(file) as path:
             path.write_bytes(save(copies))
 
