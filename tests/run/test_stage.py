@@ -117,8 +117,9 @@ def test_run_json_says_how_files_were_made(every_schema):
 def test_a_study_says_which_gpu_and_versions_it_used():
     folder = Path("data/runs/a")
     folder.mkdir(parents=True)
-    here = {"device": "cpu", "versions": {"torch": "2.13.0+cpu"}}
-    there = {"device": "cuda", "versions": {"torch": "2.11.0", "gpu": "NVIDIA H200"}}
+    nothing = {"parameters": {}, "inputs": {}, "outputs": {}}
+    here = nothing | {"device": "cpu", "versions": {"torch": "2.13.0+cpu"}}
+    there = nothing | {"device": "cuda", "versions": {"torch": "2.11.0", "gpu": "NVIDIA H200"}}
     (folder / "run.json").write_text(
         json.dumps({"run": "a", "stages": {stage: here for stage in ("01", "02", "03")}})
     )

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
+from typing_extensions import TypedDict
 
 from utils.run.files import sha256
 from utils.run.layout import PRODUCER, RUNS
 
-STAGES_OF_A_RECORD = TypeAdapter(dict[str, dict[str, Any]])
+
+class _Entry(TypedDict):
+    """What is read of a notebook's entry; it has more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    parameters: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    named_files: NotRequired[dict[str, str]]
+
+
+STAGES_OF_A_RECORD = TypeAdapter(dict[str, _Entry])
 
 
 def record_of(run: str) -> dict[str, dict[str, Any]]:
@@ -23,11 +38,13 @@ def record_of(run: str) -> dict[str, dict[str, Any]]:
     {}
     """
     path = RUNS / run / "run.json"
-    try:
-        return STAGES_OF_A_RECORD.validate_python(json.loads(path.read_text())["stages"])
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (ValueError, KeyError, TypeError):
+    try:
+        text = path.read_text() if path.is_file() else ""  # a pipe would never end
+        stages = STAGES_OF_A_RECORD.validate_python(json.loads(text)["stages"])
+        return {stage: dict(entry) for stage, entry in stages.items()}
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"{path} is damaged: delete the folder {path.parent} and start with notebook 01."
         ) from None
@@ -60,9 +77,10 @@ class CheckedRun:
 
     def hash(self, file: str) -> str:
         """SHA-256 of a file that is as its producer left it, made from inputs that still are as
-        the producer read them.
+        the producer read them, and the user's own files as well.
 
-        Raises FileNotFoundError where it is missing, ValueError where it or an input has changed.
+        Raises FileNotFoundError where it is missing, ValueError where it, an input, or a file that
+        the user named has changed.
         """
         if file not in self.hashes:
             self.hashes[file] = self._checked(file)
@@ -72,6 +90,13 @@ class CheckedRun:
         stage = PRODUCER[file]
         if stage not in self.record or not self.path(file).is_file():
             raise FileNotFoundError(f"run {self.run!r} has no {file}: run notebook {stage} first.")
+        for named, seen in self.record[stage].get("named_files", {}).items():
+            given = Path(named).expanduser()
+            if given.is_file() and sha256(given) != seen:
+                raise ValueError(
+                    f"{named} has changed since notebook {stage} of run {self.run!r} used it: "
+                    f"re-run {stage}."
+                )
         for earlier, seen in self.record[stage]["inputs"].items():
             if self.hash(earlier) != seen:
                 raise ValueError(

@@ -21,6 +21,7 @@ import pandas as pd
 from utils.run import locks
 from utils.run.files import as_json, atomic, sha256, writable
 from utils.run.layout import NEEDS, PRODUCER, RUNS, SOURCES, WRITES
+from utils.run.named import named_files
 from utils.run.parameters import Parameters, versions
 from utils.run.record import CheckedRun, record_of
 from utils.run.tables import read_table, write_table
@@ -43,6 +44,7 @@ class Stage:
         self.start = time.monotonic()
         self.inputs: dict[str, str] = {}  # file -> SHA-256
         self.outside: dict[str, str] = {}
+        self.named = named_files(p.model_dump())  # as they were when the stage began
         self.written: dict[str, Path] = {}  # file -> where it waits for `finish`
 
     # starting
@@ -190,5 +192,6 @@ class Stage:
             "wall_time_s": round(time.monotonic() - self.start, 2),
             "inputs": self.inputs,
             "outside_inputs": self.outside,
+            "named_files": self.named,
             "outputs": {file: sha256(path) for file, path in self.written.items()},
         }
