@@ -1,5 +1,7 @@
 """Study files: what they may say, and the one sentence that a wrong one gets."""
 
+import os
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -91,6 +93,11 @@ def test_a_study_goes_to_every_notebook_that_has_the_parameter(tmp_path, noteboo
             "says name: t, but its results go by the file's name: write name: s.",
         ),
         ("name: s\nruns:\n- {run: a}\n- {run: a}\n", "two runs named 'a'"),
+        (
+            "name: s\nruns:\n- {run: a, parameters: {depth: 3, depth: 5}}\n",
+            "'depth' is given twice",
+        ),
+        ("name: s\nruns: []\nruns:\n- {run: a}\n", "'runs' is given twice"),
         ("name: s\nruns:\n- {run: a, seed: 3}\n", "holds the run {'run': 'a', 'seed': 3}: give"),
         ("name: s\nruns:\n- {run: [a]}\n", "parameter run is ['a']"),
         ("[]", "is not a study"),
@@ -116,3 +123,18 @@ def test_a_wrong_study_is_one_sentence(tmp_path, notebooks, text, says):
 def test_a_study_that_is_not_there(tmp_path, notebooks):
     with pytest.raises(ValueError, match="there is no study file"):
         read_study(tmp_path / "none.yaml", notebooks)
+
+
+def test_a_file_whose_name_cannot_be_a_studys_goes_by_its_own(tmp_path):
+    path = tmp_path / "mine ü.yaml"
+    path.write_text("name: mine\nruns:\n- {run: a}\n", encoding="utf-8")
+    assert read_study(path).name == "mine"
+    (tmp_path / "mine.yaml").write_text("name: mine\nruns:\n- {run: a}\n")
+    with pytest.raises(ValueError, match="says name: mine"):
+        read_study(path)
+
+
+def test_a_study_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "s.yaml")
+    with pytest.raises(ValueError, match="is no file"):
+        read_study(tmp_path / "s.yaml")

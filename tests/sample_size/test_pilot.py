@@ -2,13 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from networks import linear_pilot, vit_pilot
 from refusal import refused
 
 from utils.hessian import Losses
-from utils.sample_size import CRITERIA, k_surface, pilot, required_samples
+from utils.sample_size import (
+    CRITERIA,
+    exceedance,
+    k_surface,
+    pilot,
+    required_samples,
+    surface_forecast,
+    true_size,
+)
 from utils.sample_size.limits import bounded_upper, budget, inflation, least_pilot, spread_limits
 from utils.sample_size.surface import gaussian_factor
 from utils.surface.probes import neighbourhood, probe_losses
@@ -84,7 +93,8 @@ def test_pilots_that_are_no_random_sample():
     model, x, y = linear_pilot(400)
     order = Losses(model, x, y).values().argsort()
     for criterion in ("surface", "ball", "excess", "next"):
-        drifting = required_samples(model, x[order], y[order], 0.5, 0.01, 0.8, criterion)
+        radius = 0.0 if criterion == "next" else 0.01
+        drifting = required_samples(model, x[order], y[order], 0.5, radius, 0.8, criterion)
         assert (
             drifting.verdict == "cannot tell"
             and "order" in drifting.sentence
@@ -154,8 +164,9 @@ def test_model_is_left_alone():
     model.train()
     before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     required_samples(model, x, y, 0.1, radius=0.1)
-    for criterion in ("step", "ball", "excess", "next"):
+    for criterion in ("step", "ball", "excess"):
         required_samples(model, x, y, 0.1, radius=0.1, criterion=criterion)
+    required_samples(model, x, y, 0.1, criterion="next")
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
@@ -191,7 +202,7 @@ def test_a_pilot_answers_as_required_samples_does():
     for criterion in CRITERIA:
         for tolerance, confidence in ((0.1, 0.8), (1.0, 0.95)):
             options = more.get(criterion, {})
-            asked = (tolerance, 0.05, confidence, criterion)
+            asked = (tolerance, 0.0 if criterion == "next" else 0.05, confidence, criterion)
             answer = required_samples(model, x, y, *asked, **settings, **options)
             if criterion == "step":
                 options = {"radius": 0.05}
@@ -199,3 +210,58 @@ def test_a_pilot_answers_as_required_samples_does():
             assert answer.criterion == criterion and answer.statement.startswith("pool")
     measured.kurtosis = 60.0  # an assumption, not a measurement
     assert measured.surface(1.0, 0.5).terms["kurtosis"] == 60.0
+
+
+SENSELESS = {
+    "tolerance": (0.0, -0.1, math.nan, math.inf, 1e-200, 1e200),
+    "confidence": (0.0, 1.0, -1.0, 90.0, math.nan, 1 - 1e-12),
+    "kurtosis": (0.0, -5.0, math.nan, math.inf),
+    "radius": (-0.1, math.nan, math.inf),
+    "ceiling": (-1.0, math.nan, math.inf, 1e-3),
+    "n_probes": (0, -3),
+}
+
+
+@pytest.mark.parametrize("name", SENSELESS)
+def test_arguments_out_of_range_are_refused(name):
+    model, x, y = linear_pilot(40)
+    for value in SENSELESS[name]:
+        asked = {"tolerance": 0.1, "confidence": 0.9} | {name: value}
+        refused(lambda a=asked: required_samples(model, x, y, **a), f"{name} is ")
+
+
+def test_options_of_another_criterion_are_refused():
+    model, x, y = linear_pilot(40)
+    for criterion, option in {
+        "surface": {"gap": 0.1},
+        "ball": {"gap": 0.1},
+        "excess": {"ceiling": 3.0},
+        "next": {"radius": 0.3},
+        "step": {"ceiling": 3.0},
+    }.items():
+        asked = {"tolerance": 0.1, "criterion": criterion} | option
+        refused(lambda a=asked: required_samples(model, x, y, **a), "leave it out")
+    for criterion in ("ball", "excess", "step"):
+        asked = {"tolerance": 0.1, "criterion": criterion, "rung": "foo"}
+        refused(lambda a=asked: required_samples(model, x, y, **a), "rung is 'foo'")
+    measured = pilot(model, x, y, ball=0.1)
+    refused(lambda: measured.ball(0.1, remainder=-10.0), "remainder is")
+    refused(lambda: measured.excess(0.1, gap=-5.0), "gap is")
+    refused(lambda: measured.step(0.1, radius=-1.0), "radius is")
+    assert pilot(model, x, y, radius=0.3).next(0.1).radius == 0.0
+
+
+def test_sizes_of_losses_alone_check_their_arguments():
+    losses = np.random.default_rng(0).exponential(size=40)
+    for call in (
+        lambda: k_surface(0.25, 0.1, 90),
+        lambda: k_surface(-1.0, 0.1, 0.9),
+        lambda: k_surface(0.25, -0.1, 0.9),
+        lambda: k_surface(0.25, 0.1, 0.9, n=-5),
+        lambda: surface_forecast(losses, -0.1, 0.9),
+        lambda: surface_forecast([*losses, math.nan], 0.1, 0.9),
+        lambda: true_size(losses, -0.1, 0.9),
+        lambda: exceedance(losses, 0, 0.1, np.arange(40)[None]),
+        lambda: exceedance([*losses, math.inf], 3, 0.1, np.arange(41)[None]),
+    ):
+        refused(call)

@@ -71,7 +71,7 @@ def read_study(path: Path | str, notebooks: Path | str = "notebooks") -> Study:
         check(StudyReport, {"study": content.name, "runs": list(resolved)})
     except ValueError as error:
         raise ValueError(f"{path}: {error}".replace("parameter study", "name")) from None
-    if content.name != path.stem:
+    if content.name != path.stem and (_is_name(path.stem) or _is_taken(path, content.name)):
         raise ValueError(
             f"{path} says name: {content.name}, but its results go by the file's name: "
             f"write name: {path.stem}."
@@ -79,9 +79,36 @@ def read_study(path: Path | str, notebooks: Path | str = "notebooks") -> Study:
     return Study(content.name, list(resolved), resolved)
 
 
-def _content(path: Path) -> StudyFile:
+def _is_name(text: str) -> bool:
+    """Whether a study can have that name; results of a file without such a name go by `name:`."""
     try:
-        content = yaml.safe_load(path.read_text())
+        check(StudyReport, {"study": text, "runs": []})
+    except ValueError:
+        return False
+    return True
+
+
+def _is_taken(path: Path, name: str) -> bool:
+    """Whether another study, beside `path` or of this repository, has that name."""
+    return any((folder / f"{name}.yaml").is_file() for folder in (path.parent, Path("studies")))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of which no key may be given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.YAMLError(f"{short(twice[0])} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _content(path: Path) -> StudyFile:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file: give a study file of studies/*.yaml.")
+    try:
+        content = yaml.load(path.read_text(), _Loader)  # a safe one
     except FileNotFoundError:
         raise ValueError(f"there is no study file {path}: give one of studies/*.yaml.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

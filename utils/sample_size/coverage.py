@@ -12,10 +12,10 @@ from scipy.stats import binom
 
 from utils.run.streams import numpy_generator
 from utils.sample_size.measurement import Pilot
+from utils.sample_size.ranges import check_ranges, finite_rows
 from utils.sample_size.rivals import baselines
 from utils.sample_size.step import k_step
 from utils.sample_size.surface import gaussian_factor, k_fixed_probes, k_surface
-from utils.surface.identities import as_rows
 from utils.surface.intervals import Estimate, binomial_interval
 
 
@@ -34,7 +34,8 @@ def exceedance(values: np.ndarray, k: int, tolerance: float, orders: np.ndarray)
     >>> exceedance(np.array([0.0, 0.0, 3.0]), 2, 0.8, orders)[0]  # the mean of two is 0, not 1
     0.3333333333333333
     """
-    values = np.atleast_2d(values)
+    check_ranges(tolerance=tolerance, k=k)
+    values = finite_rows(values)
     counts = np.arange(1, orders.shape[1] + 1)
     squares = np.zeros(orders.shape)
     for row in values:
@@ -64,7 +65,8 @@ def true_size(
     >>> low <= k <= high
     True
     """
-    values = as_rows(values)
+    check_ranges(tolerance=tolerance, confidence=confidence, streams=streams)
+    values = finite_rows(values)
     values = values - values.mean(1, keepdims=True)
     factor = gaussian_factor(values, confidence, seed)
     length = 40 * math.ceil(factor * values.var(1).mean() / tolerance**2)

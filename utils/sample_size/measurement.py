@@ -30,6 +30,7 @@ from utils.hessian import Losses
 from utils.sample_size.answer import SampleSize, drift
 from utils.sample_size.ball import Moments, ball_forecast, curvature_moments, gradient_moments
 from utils.sample_size.limits import pair_moments
+from utils.sample_size.ranges import check_ranges, check_rung
 from utils.sample_size.step import gradient_distance, next_forecast, step_forecast, worst_range
 from utils.sample_size.surface import surface_forecast
 from utils.surface.probes import neighbourhood, probe_losses
@@ -130,7 +131,7 @@ class Pilot:
         >>> pilot(torch.nn.Linear(2, 3), x, y).surface(tolerance=5.0).verdict
         'enough'
         """
-        _check(tolerance, confidence)
+        check_ranges(tolerance=tolerance, confidence=confidence, ceiling=ceiling)
         fields = surface_forecast(
             self.surface_losses,
             tolerance,
@@ -169,7 +170,7 @@ class Pilot:
         >>> pilot(network, x, y, ball=0.01).ball(tolerance=5.0).verdict
         'enough'
         """
-        _check(tolerance, confidence)
+        check_ranges(tolerance=tolerance, confidence=confidence, remainder=remainder)
         return self._ball("ball", tolerance, tolerance, confidence, rung, remainder)
 
     def excess(
@@ -197,7 +198,7 @@ class Pilot:
         >>> measured.excess(0.2).k == measured.ball(0.1).k
         True
         """
-        _check(tolerance, confidence)
+        check_ranges(tolerance=tolerance, confidence=confidence, remainder=remainder, gap=gap)
         reach = (tolerance - gap) / 2
         return self._ball("excess", tolerance, reach, confidence, rung, remainder)
 
@@ -214,9 +215,9 @@ class Pilot:
         >>> pilot(torch.nn.Linear(2, 3), x, y).next(tolerance=1.0).verdict
         'enough'
         """
-        _check(tolerance, confidence)
+        check_ranges(tolerance=tolerance, confidence=confidence)
         fields = next_forecast(self.values, tolerance, confidence) | drift(self.values)
-        return self._answer("next", tolerance, self.radius, confidence, fields)
+        return self._answer("next", tolerance, 0.0, confidence, fields)
 
     def step(
         self,
@@ -241,7 +242,8 @@ class Pilot:
         >>> pilot(torch.nn.Linear(2, 3), x, y).step(tolerance=1.0).verdict  # no known ceiling
         'cannot tell'
         """
-        _check(tolerance, confidence)
+        check_ranges(tolerance=tolerance, confidence=confidence, radius=radius)
+        check_rung(rung)
         parts = worst_range(self.values)
         if radius > 0:
             norms = self.hessian_norms(rung or "prior", radius)
@@ -258,6 +260,7 @@ class Pilot:
         rung: str | None,
         remainder: float,
     ) -> SampleSize:
+        check_rung(rung)
         radius = self.ball_radius
         moments = {"S": pair_moments(self.values[:, None])}
         norms = None
@@ -332,24 +335,12 @@ def pilot(
     >>> [measured.surface(tau).criterion for tau in (0.1, 0.2)]
     ['surface', 'surface']
     """
-    if not 0 <= radius < math.inf or not 0 <= ball < math.inf or n_probes < 1:
-        raise ValueError(
-            f"radius {radius}, ball {ball}, n_probes {n_probes}: "
-            "give finite radii >= 0 and n_probes >= 1."
-        )
+    check_ranges(radius=radius, ball=ball, n_probes=n_probes, kurtosis=kurtosis)
     losses = Losses(model, x, y, loss, **options)
     examples = _rows(x)
     among_fitted = fitted_on is not None and not examples.isdisjoint(_rows(fitted_on))
     statement = POOL if among_fitted else POPULATION
     return Pilot(losses, statement, len(examples), radius, ball, kurtosis, n_probes, seed)
-
-
-def _check(tolerance: float, confidence: float) -> None:
-    if not 0 < tolerance < math.inf or not 0 < confidence < 1:
-        raise ValueError(
-            f"tolerance {tolerance}, confidence {confidence}: "
-            "give tolerance > 0 and confidence between 0 and 1."
-        )
 
 
 def _rows(x: Tensor) -> set[bytes]:

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from utils.sample_size.answer import SampleSize
 from utils.sample_size.measurement import CRITERIA, pilot
 
+MEANT = {  # criterion -> which of the options it has
+    "surface": ("ceiling", "radius"),
+    "ball": ("rung", "remainder", "radius"),
+    "excess": ("rung", "remainder", "gap", "radius"),
+    "next": (),
+    "step": ("rung", "radius"),
+}
+
 
 def required_samples(
     model: nn.Module,
@@ -44,7 +52,8 @@ def required_samples(
     remainder    of `Pilot.ball` and `Pilot.excess`
     gap          of `Pilot.excess`
 
-    Raises ValueError for an unknown criterion and for values out of range.
+    Raises ValueError for an unknown criterion, for values out of range and for options that the
+    criterion does not have.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -54,6 +63,10 @@ def required_samples(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}: choose one of {', '.join(CRITERIA)}.")
+    given = {"ceiling": ceiling, "rung": rung, "remainder": remainder, "gap": gap}
+    for name, value in (given | {"radius": radius}).items():
+        if value and name not in MEANT[criterion]:
+            raise ValueError(f"{name} says nothing to the criterion {criterion!r}: leave it out.")
     measured = pilot(
         model,
         x,

@@ -17,6 +17,7 @@ from scipy.optimize import brentq
 from utils.run.streams import numpy_generator
 from utils.sample_size.answer import conclude, drift
 from utils.sample_size.limits import budget, least_pilot, spread_limits
+from utils.sample_size.ranges import check_ranges, finite_rows
 from utils.surface.identities import as_rows
 
 TERMS: np.ndarray = 2 * np.arange(50) + 1  # of the series for one probe
@@ -94,6 +95,7 @@ def k_surface(
     >>> k_surface(variance=0.25, tolerance=0.1, confidence=0.75, n=300)  # of a pool of 300
     75
     """
+    check_ranges(variance=variance, tolerance=tolerance, confidence=confidence, n=n)
     if variance == 0:
         return 1
     delta = 1 - confidence
@@ -211,7 +213,13 @@ def surface_forecast(
     >>> forecast["lower"] < forecast["k"] < forecast["upper"]
     True
     """
-    values = as_rows(values)
+    check_ranges(tolerance=tolerance, confidence=confidence, kurtosis=kurtosis, ceiling=ceiling)
+    values = finite_rows(values)
+    if ceiling is not None and values.max() > ceiling:
+        raise ValueError(
+            f"ceiling is {ceiling:g} and a loss of the pilot is {values.max():g}: give a number "
+            "that no loss exceeds."
+        )
     delta = 1 - confidence
     n = values.shape[1]
     share = budget(max(1, n // 2), kurtosis, delta)
