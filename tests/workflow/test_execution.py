@@ -119,9 +119,9 @@ def test_merging_refuses_a_run_made_with_other_parameters(tmp_path, monkeypatch)
     shutil.copytree(ROOT / "studies", tmp_path / "studies")
     monkeypatch.chdir(tmp_path)
     study = read_study("studies/quickstart.yaml")
-    stages = {
-        s: {"parameters": v} for s, v in copy.deepcopy(study.parameters["quickstart"]).items()
-    }
+    rest = {"versions": {}, "device": "cpu", "inputs": {}, "outputs": {}}
+    values = copy.deepcopy(study.parameters["quickstart"])
+    stages = {stage: rest | {"parameters": given} for stage, given in values.items()}
     stages["02"]["parameters"]["seed"] = 99
     (tmp_path / "data" / "runs" / "quickstart").mkdir(parents=True)
     (tmp_path / "data" / "runs" / "quickstart" / "run.json").write_text(

@@ -11,7 +11,6 @@ blocks           norms between groups of parameters
 spectrum         trace and spectral density
 pyhessian        PyHessian without its errors
 estimators       tables of estimators beside each other
-memory           what an example takes
 operations       floating-point operations of a call
 """
 

@@ -1,7 +1,8 @@
 """The networks of notebook 02: two of our own, or a user's, built, described and restored.
 
 `vit`, `mlp`: the networks. `build`: from a specification. `restore`: from what a run has written.
-`losses`: of one example. `contract`: what a model has to satisfy. `training` uses the Hessian
+`losses`: of one example. `contract`: the gate, what a model and its examples have to satisfy;
+`copies`, `labels`: parts of it. `memory`: what an example takes. `training` uses the Hessian
 package and is imported as `utils.networks.training`.
 """
 
