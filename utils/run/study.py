@@ -94,10 +94,10 @@ def _is_taken(path: Path, name: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of which no key may be given twice."""
+    """YAML of which no key may be given twice, what `<<` merges aside."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = [key for i, key in enumerate(keys) if key in keys[:i]]
         if twice:
             raise yaml.YAMLError(f"{short(twice[0])} is given twice")
