@@ -74,7 +74,8 @@ def numbers(device: str) -> dict[str, np.ndarray]:
     probes = neighbourhood(losses.w, 0.1, 3)
     found["probes"] = probe_losses(losses, probes)
     for criterion in ("surface", "ball", "next", "step"):
-        k = sample_size.required_samples(network, x, y, 0.5, 1e-3, 0.9, criterion)
+        radius = 0.0 if criterion == "next" else 1e-3
+        k = sample_size.required_samples(network, x, y, 0.5, radius, 0.9, criterion)
         found[f"k {criterion}"] = [k.k, k.lower, k.upper]
     return {name: np.asarray(value, dtype=float) for name, value in found.items()}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from utils.bounds.ladder import Bound, hessian_bounds
 from utils.bounds.published import closing_the_curvature_gap, unraveling_the_hessian
+from utils.bounds.subject import subject
 from utils.bounds.walk import measured_norms
 from utils.hessian import Losses, per_sample_hessian_norms
 from utils.hessian.losses import SampleHessians
@@ -36,6 +37,20 @@ def product_cost(network: nn.Module, x: Tensor, y: Tensor, loss: str) -> float:
     losses = Losses(network, x, y, loss)
     hessians = SampleHessians(losses, torch.arange(losses.n, device=losses.x.device))
     return operations(hessians, losses.w.new_ones(losses.n, losses.P))[1] / losses.n
+
+
+def bound_and_cost(
+    network: nn.Module, x: Tensor, y: Tensor, loss: str, rung: str, **options: Any
+) -> tuple[Bound, float]:
+    """A bound of `hessian_bounds`, arguments as there, and its operations for all examples
+    together, those of reading and checking the network aside.
+
+    >>> x, y = torch.ones(1, 2).double(), torch.tensor([0])
+    >>> bound_and_cost(nn.Linear(2, 3).double(), x, y, "cross_entropy", "majorant")[1] > 0
+    True
+    """
+    bound, cost = operations(hessian_bounds, network, x, y, loss, rung, **options)
+    return bound, cost - operations(subject, network, x, y, loss)[1]
 
 
 @dataclass
@@ -63,9 +78,8 @@ class Comparison:
         """Bound the first n examples of a part; options: as of `hessian_bounds`."""
         known = self._first(part, n)
         x, y = (t[: len(known)] for t in self.parts[part])
-        asked = (self.network, x, y, self.loss, rung)
         try:
-            bound, cost = operations(hessian_bounds, *asked, **options)
+            bound, cost = bound_and_cost(self.network, x, y, self.loss, rung, **options)
         except ValueError as reason:
             self.refusals[rung] = str(reason)
             return
@@ -77,6 +91,7 @@ class Comparison:
         all of it; how many these are."""
         x, y = self.parts[part]
         numbers, cost = operations(measured_norms, self.network, x)
+        cost -= operations(subject, self.network, x, y, self.loss)[1]
         known = self._first(part, n)
         rows = slice(len(known))
         bound = hessian_bounds(self.network, x[rows], y[rows], self.loss, "prior", measured=numbers)

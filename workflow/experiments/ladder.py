@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from utils.bounds import RUNGS as RUNGS_OF_BOUNDS
 from utils.bounds import hessian_bounds, measured_norms
+from utils.bounds.compare import bound_and_cost
 from utils.data import Dataset
 from utils.hessian import Losses, per_sample_hessian_norms
 from utils.hessian.losses import SampleHessians
@@ -76,8 +77,8 @@ def of_run(folder: Path, run: str, most: int, rungs: list[str]) -> list[dict]:
                 continue
             ask = hessian_bounds
             if name not in costs:  # on one sample: counting takes several times as long as asking
-                one = operations(ask, network, x[:1], y[:1], description["loss"], rung, **options)
-                costs[name] = one[1] / unit
+                one = network, x[:1], y[:1], description["loss"], rung
+                costs[name] = bound_and_cost(*one, **options)[1] / unit
             found = ask(network, x[:n], y[:n], description["loss"], rung, **options).values
             ratio = found / norms.lower[:n]
             rows.append(
