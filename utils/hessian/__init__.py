@@ -4,6 +4,7 @@ coordinates      which parameters move; flat vectors
 differentiation  derivatives of any module by automatic differentiation
 losses           class Losses: values, gradients, products of a batch; SampleHessians
 derivatives      the same by one call each
+verification     whether the derivatives are those of the loss
 lanczos          extreme eigenvalues of symmetric operators, with a certificate
 norms            norms of examples and means
 differences      norms of H_k, H_{k+1} - H_k, H_k - H_n

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from utils.hessian.coordinates import Operator
 from utils.hessian.differentiation import refuse_not_finite
 from utils.hessian.lanczos import Ritz, certified_upper, lanczos, normalise, uniform_start
 from utils.hessian.losses import Losses, SampleHessians
+from utils.hessian.verification import derivatives_hold
 
 LEAST = 8  # Lanczos steps before an estimate may be taken for settled
 UNORTHOGONAL = 20  # Lanczos steps that need no reorthogonalisation at a tolerance of 1e-4
@@ -38,7 +39,8 @@ class NormEstimate:
     upper       at most this with the stated probability (Theorem (thm:lanczos)); nan if not asked
     residual    |H v - theta v| of the unit vector v behind the value: some eigenvalue lies there
     iterations  Hessian-vector products spent
-    converged   residual within the tolerance asked for (certified: the interval within it)
+    converged   residual within the tolerance asked for (certified: the interval within it), and the
+                derivatives are the loss's (`derivatives_hold`)
     engine      where the products come from (`Losses.engine`)
     """
 
@@ -115,6 +117,7 @@ def per_sample_hessian_norms(
             progress(len(rows))
     joined = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
     value, upper, residual, steps, converged = joined
+    converged = converged & derivatives_hold(losses)
     return NormEstimate(value, value, upper, residual, steps, converged, losses.engine)
 
 
@@ -249,6 +252,20 @@ def hessian_norm(
     if estimator not in ("lanczos", "pyhessian", "exact"):
         raise ValueError(f"estimator is {estimator!r}: choose lanczos, pyhessian or exact.")
     losses = Losses(model, x, y, loss, **options)
+    norm = _norm(losses, estimator, part, tolerance, max_steps, certify, confidence, seed)
+    return replace(norm, converged=norm.converged and derivatives_hold(losses))
+
+
+def _norm(
+    losses: Losses,
+    estimator: str,
+    part: str,
+    tolerance: float,
+    max_steps: int,
+    certify: bool,
+    confidence: float,
+    seed: int,
+) -> NormEstimate:
     if estimator == "exact":
         return _exact_norm(losses, part, tolerance)
     if estimator == "pyhessian":

@@ -19,7 +19,7 @@ from utils.networks.memory import MEMORY, activation_numbers
 from utils.run.streams import generator
 
 TOGETHER = 64  # examples of a forward pass, at most
-ALONE = 64  # so few examples are also asked one by one
+ALONE = 16  # so few examples are also asked one by one
 AGREE = 1e-4  # of the size of an output: what rounding may do in another batch
 
 

@@ -37,6 +37,7 @@ STREAMS: dict[str, tuple[str, int]] = {
     # hessian
     "lanczos start": (TORCH, 0x5EED_0F_1A7C05),  # of norms, traces, spectra: uniform directions
     "engine": (TORCH, 0x5EED_0F_5411),  # directions that test automatic differentiation
+    "derivatives": (TORCH, 0xD1FF),  # the direction of central differences; its seed is 0
     "dense estimate": (NUMPY, 31),  # ARPACK's start for a small dense Hessian
     "pyhessian": (TORCH, 0x9E5510),  # the adapter's scale, and PyHessian's own draws
     # bounds
