@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils.bounds import RUNGS, hessian_bounds
-from utils.hessian import per_sample_losses
+from utils.hessian import per_sample_hessian_norms, per_sample_losses
 from utils.hessian.derivatives import dense_hessian
 from utils.networks.contract import admit, refuse_other_training
 from utils.networks.copies import prepared_copy, second_order_mode
@@ -162,6 +162,14 @@ def test_what_is_accepted(build):
         assert x.dtype == torch.float64 and y.dtype == torch.int64
     dictionary = of_output(lambda f: {"logits": f})
     assert len(admit(dictionary, images(4), LABELS).x) == 4
+
+
+def test_inference_mode_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with torch.inference_mode():
+        refused(lambda: admit(model, images(4), LABELS), "inference_mode")
+    with torch.no_grad():
+        assert per_sample_hessian_norms(model, images(4), LABELS).converged.all()
 
 
 def test_generators_are_left_alone():

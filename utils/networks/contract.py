@@ -57,6 +57,8 @@ def admit(
     tensor([2])
     """
     check_loss(loss)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() forbids derivatives: leave it before measuring.")
     twin = prepared_copy(model, dtype, device)
     where = next(twin.parameters()).device
     x, y = _as_many(as_tensor(x, "x"), as_tensor(y, "y"))
