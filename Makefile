@@ -24,6 +24,8 @@ LEGAL := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J
 LEGAL += 0 1 2 3 4 5 6 7 8 9 . _ - /
 without = $(if $2,$(call without,$(subst $(firstword $2),,$1),$(wordlist 2,$(words $2),$2)),$1)
 $(foreach v,NAME CORES GPUS,$(if $(call without,$(value $v),$(LEGAL)),$(error $v is not a plain name: give letters, digits and . _ - /, nothing else)))
+$(foreach v,CORES GPUS,$(if $(call without,$(value $v),0 1 2 3 4 5 6 7 8 9),$(error $v is not a whole number: give one from 1 on)))
+$(foreach v,CORES GPUS,$(if $(call without,$(value $v),0),,$(error $v is 0 or empty: give a whole number from 1 on)))
 $(if $(call without,$(if $(findstring file,$(origin STUDY)),,$(value STUDY)),$(LEGAL)),$(error STUDY is not a plain path: give letters, digits and . _ - /, nothing else))
 
 BIN := .venv/bin
@@ -94,7 +96,7 @@ check-batches: .venv/.installed
 	$(BIN)/python -m workflow.experiments.batches
 
 notebook: .venv/.installed
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 # The pages' links to other notebooks lead to pages.
 html: .venv/.installed

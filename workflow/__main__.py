@@ -38,16 +38,22 @@ def main(arguments: list[str]) -> None:
                 check()
             case _:
                 sys.exit((__doc__ or "").rstrip())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        named = error.filename and f"{error.filename}: {error.strerror}; name a file that is there."
+        sys.exit(named or str(error))
+    except ValueError as error:
         sys.exit(str(error))
 
 
 def check() -> None:
     """Print every breach of the rules by a committed notebook, and exit with 1 if there is one."""
+    notebooks = sorted(execution.NOTEBOOKS.glob("*.ipynb"))
+    if not notebooks:
+        sys.exit(
+            f"There is no notebook in {execution.NOTEBOOKS}/: start in the repository's folder."
+        )
     said = [
-        f"{notebook}: {problem}"
-        for notebook in sorted(execution.NOTEBOOKS.glob("*.ipynb"))
-        for problem in checks.problems(notebook)
+        f"{notebook}: {problem}" for notebook in notebooks for problem in checks.problems(notebook)
     ]
     if said:
         sys.exit("\n".join(said))

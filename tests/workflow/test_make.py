@@ -41,6 +41,14 @@ def test_hostile_names_run_nothing(tmp_path, variable, value):
     assert not done.stdout and not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("variable", ["CORES", "GPUS"])
+@pytest.mark.parametrize("value", ["0", "00", "", "-1", "two", "1.5"])
+def test_no_core_and_no_gpu_are_refused(tmp_path, variable, value):
+    """Snakemake would wait for ever, or say something of its own."""
+    done = make(tmp_path, "study", "NAME=vit_mnist", f"{variable}={value}")
+    assert done.returncode == 2 and "from 1 on" in done.stderr and not done.stdout
+
+
 @pytest.mark.parametrize("given", ["NAME=vit_mnist-2.0", "STUDY=studies/vit_mnist-2.0.yaml"])
 def test_a_study_runs_by_name_and_by_path(tmp_path, given):
     done = make(tmp_path, "study", given)
