@@ -46,6 +46,7 @@ def blocks_of(model, w, x, stop=None):
         pytest.param("gelu", 0, 0.3, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_constants_of_the_closed_form(activation, seed, scale):
     """t1, t2, o1, ... m2, x1, x2, P, D and E against the joint derivatives that they bound."""
     model = random_vit(seed, scale, activation=activation, pool="mean", d_model=4, d_ff=3)

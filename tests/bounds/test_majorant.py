@@ -73,6 +73,7 @@ HARD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HARD)
 def test_one_sided_couplings_and_tiny_curvature(name):
     """Within 10 of the exact norm, and not below it, where the gradient moves one side only."""

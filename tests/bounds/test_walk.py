@@ -62,6 +62,7 @@ def test_every_first_derivative(name):
 CURVED = ["pre mean gelu_tanh", "post mean gelu", "mlp", "heads with a mask", "convolutions"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CURVED)
 def test_every_second_derivative(name):
     """||d2z/dw_g dw_g'|| <= B_gg' of both rungs, for the values that linear maps read and make."""
@@ -212,6 +213,7 @@ def test_connected_network_without_biases_in_closed_form():
         torch.testing.assert_close(bound.blocks[i, 2:, 2:], expected[2:, 2:], rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_variance_floor():
     """With a floor that holds, the values are smaller; with one below sqrt(eps) they are equal."""
     model = random_vit(3, 1.0, eps=1e-6, depth=2)

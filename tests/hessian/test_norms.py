@@ -178,6 +178,7 @@ def test_few_steps_certify_nothing():
     assert hessian_norm(model, x, y, certify=True, max_steps=3).upper == math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pre cls gelu", "post mean gelu mse", "fused", "encoder pre"])
 def test_estimators_of_the_norm_agree(name):
     model, x, y, loss = case(name)

@@ -52,6 +52,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_derivative_is_never_called_converged(name):
     model = randomised(Body(WRONG[name]), 1, 2.0)

@@ -97,6 +97,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(JSON)
 def test_a_record_of_any_shape_is_read_or_refused(value):
     Path("data/runs/odd").mkdir(parents=True, exist_ok=True)

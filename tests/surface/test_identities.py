@@ -70,6 +70,7 @@ def test_steps_do_not_cancel():
     np.testing.assert_allclose(steps[0], exact, rtol=1e-9, atol=1e-17)
 
 
+@pytest.mark.slow
 @given(POOLS)
 @example([0.0, 0.0, 0.0, 1.0])
 @example([0.0, 0.0, 0.0, 0.0, 1.0, 1.0])

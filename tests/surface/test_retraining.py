@@ -92,6 +92,7 @@ def test_excess_risk_over_a_ball(linear_losses):
         assert -1e-9 <= excess <= 2 * sup + 1e-9 and excess > 0.01 * sup
 
 
+@pytest.mark.slow
 def test_retraining_from_several_initialisations():
     torch.manual_seed(0)
     x, y = torch.randn(12, 1, 4, 4), torch.randint(0, 3, (12,))

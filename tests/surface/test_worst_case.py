@@ -59,6 +59,7 @@ def test_worst_in_ball(seed, linear, radius):
         assert best >= 0.3 * sampled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 10])
 def test_one_step_on_the_ball(k, vit_and_norms):
     (losses, each), order = vit_and_norms, np.random.default_rng(k).permutation(16)
