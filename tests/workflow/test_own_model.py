@@ -1,5 +1,6 @@
 """A user's own data and model through notebooks 01 to 06, and Run All in Jupyter."""
 
+import json
 import shutil
 import sys
 
@@ -106,6 +107,8 @@ def test_own_weights_skip_training(own):
     assert len(table(own, "training.csv", "given")) == 0
     given, first = (own / f"data/runs/{run}/model.safetensors" for run in ("given", "own"))
     assert given.read_bytes() == first.read_bytes()
+    description = json.loads((own / "data/runs/given/model.json").read_text())
+    assert description["l2"] == 0  # the penalty of no training
 
 
 def test_samples_without_curvature(tmp_path):
