@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from refusal import refused
 from stages import frame
 
 from utils.run.layout import PRODUCER
@@ -50,3 +51,12 @@ def test_every_described_column_has_a_type_and_a_meaning():
                 "wall_time",
                 "wall_time_s",
             )  # a table is the same bytes every time
+
+
+@pytest.mark.parametrize("end", [-1, -2, -5])
+def test_a_table_that_is_cut_off_is_one_sentence(tmp_path, end):
+    path = tmp_path / "training.csv"
+    row = {"step": [1], "phase": ["adam"], "gradient_norm": [0.25], "objective": [2.125]}
+    write_table(path, path.name, pd.DataFrame(row))
+    path.write_bytes(path.read_bytes()[:end])
+    refused(lambda: read_table(path), "is cut off")

@@ -96,6 +96,9 @@ def read_table(path: Path | str, file: str | None = None, pooled: bool = False) 
     file = file or Path(path).name
     schema = _schema(file, pooled)
     numbers = {column: ["nan"] for column, (dtype, _) in schema.items() if dtype == "float"}
+    with open(path, "rb") as stream:
+        if not stream.read().endswith(b"\n"):
+            raise ValueError(f"{path} is cut off in its last line: write it anew.")
     try:
         frame = pd.read_csv(path, dtype=_dtypes(schema), keep_default_na=False, na_values=numbers)
     except ValueError as error:  # pandas' ParserError is one too
