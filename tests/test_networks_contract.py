@@ -219,6 +219,7 @@ WRONG = {
     "targets of another shape": ([[0.1], [0.2], [0.3], [0.4]], "mse", "(4, 1)"),
     "a target that is no number": ([[0.1, torch.nan, 1.0]] * 4, "mse", "example 0"),
     "too large": (np.array([0, 2**63 + 1, 0, 0], dtype="uint64"), "cross_entropy", "go from"),
+    "a token that does not count": ([[0, -100]] * 4, "mse", "from -100"),
     "bce of three": ([0, 1, 0, 1], "bce", "one logit"),
     "another loss": ([0, 1, 2, 0], "hinge", "hinge"),
 }
@@ -228,6 +229,8 @@ WRONG = {
 def test_labels_that_do_not_fit(name):
     y, loss, said = WRONG[name]
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    if name == "a token that does not count":
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Unflatten(1, (2, 3)))
     refused(lambda: admit(model, images(4), y, loss), said)
 
 

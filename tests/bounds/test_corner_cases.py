@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from utils.bounds import RUNGS, hessian_bounds
 from utils.calculus.nodes.base import Unknown
+from utils.hessian.derivatives import dense_hessian
 
 F64 = torch.float64
 
@@ -102,7 +103,7 @@ def attention(fill: float):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parameters", [None, ["q.*"], ["k.*"]])
-@pytest.mark.parametrize("fill", [0.0, -2.0, -1e4, -torch.inf])
+@pytest.mark.parametrize("fill", [0.0, -2.0, -1e4, -3e38, -torch.inf])
 def test_masked_keys_that_keep_a_weight(fill, parameters):
     model = attention(fill).double()
     x = torch.ones(1, 4, 3, dtype=F64) + 1e-3 * torch.randn(2, 4, 3, dtype=F64)
@@ -144,3 +145,20 @@ def test_one_map_of_two_stands_still(size):
             largest = torch.maximum(largest, norms_of(H))
         options = {"parameters": ["a.*"], "radius": radius, "rungs": RUNGS[1:3]}
         assert len(answered(model, x, y, exact=largest, **options)) == 2
+
+
+def test_one_logit_in_a_ball():
+    """bce at points of the ball, whose logits move and whose curvature does."""
+    parts = {"a": seeded_linear(3, 3), "b": seeded_linear(3, 1, seed=1)}
+    model = Chosen(lambda net, x: 4 * net.b(torch.tanh(net.a(x))), parts).double()
+    x, y = torch.randn(4, 3, dtype=F64), torch.tensor([0, 1, 1, 0])
+    generator = torch.Generator().manual_seed(0)
+    for radius in (0.0, 0.1, 1.0):
+        largest = torch.zeros(4, dtype=F64)
+        for step in torch.randn(40, 12, generator=generator, dtype=F64):
+            near = moved(model, radius * step / step.norm())
+            for i in range(4):
+                H = dense_hessian(near, x[i : i + 1], y[i : i + 1], "bce")
+                largest[i] = max(largest[i], norms_of(H[None])[0])
+        options = {"radius": radius, "rungs": RUNGS[1:3]}
+        assert len(answered(model, x, y, "bce", largest, **options)) == 2

@@ -180,9 +180,12 @@ def _signature(model: nn.Module, x: Tensor) -> tuple | None:
 
 def _operators(model: nn.Module, exported: ExportedProgram) -> tuple | None:
     """The same, told from what torch.export noted: operators with their arguments and modules,
-    types, names, and the values of constants; None where it calls another graph."""
+    types, names, and the values of constants; None where it calls another graph or has a constant
+    that is no tensor."""
     nodes = list(exported.graph.nodes)
     if any(n.op == "get_attr" for n in nodes):
+        return None
+    if not all(isinstance(t, Tensor) for t in exported.constants.values()):
         return None
     operators = [(n.format_node(), place(n) if n.op == "call_function" else "") for n in nodes]
     tensors = [n.meta.get("val") for n in nodes]

@@ -38,7 +38,7 @@ def derivatives_hold(losses: Losses) -> bool:
     v *= w.norm().clamp_min(1.0) / v.norm()
     gradient = losses.gradient(rows=rows)
     product = losses.product(v, rows=rows)
-    size = losses.values(rows=rows).abs().mean() + losses.sample_gradients(rows=rows).norm()
+    size = losses.values(rows=rows).abs().mean() + gradient.norm() + product.norm()
     return any(_agree(losses, rows, t * v, gradient @ v, product, size / t, t) for t in STEPS)
 
 
@@ -51,7 +51,7 @@ def _agree(
     size: Tensor,
     t: float,
 ) -> bool:
-    """Both at a step, t times the direction; `size` of what cancels, over t."""
+    """Both at a step, t times the direction; `size` of what is rounded, over t."""
     above = losses.w + step
     below = losses.w - step
     slope = (losses.values(above, rows).mean() - losses.values(below, rows).mean()) / (2 * t)

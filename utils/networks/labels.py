@@ -75,7 +75,7 @@ def fitting_labels(y: Tensor, shape: tuple[int, ...], loss: str) -> Tensor:
     if loss == "mse" and classes == 1:
         raise ValueError("One output has no one-hot targets: give real targets (n, 1), or bce.")
     y = y.long()
-    counted = y[y != IGNORED] if y.ndim > 1 else y
+    counted = y[y != IGNORED] if y.ndim > 1 and loss == "cross_entropy" else y
     if counted.numel() == 0:
         raise ValueError("Every token is ignored (-100): give classes for some.")
     low, high = int(counted.min()), int(counted.max())

@@ -35,7 +35,7 @@ from utils.calculus.nodes.products import Matmul
 from utils.calculus.nodes.rows import Softmax
 from utils.calculus.nodes.shape import Combination, Expand, Mask, Permute, Reshape, Select
 
-HIDDEN = -1e30  # a score from which softmax makes 0 beside every other that float32 can hold
+HIDDEN = -1e30  # of a masked key: its weight is 0 beside every score above a tenth of this
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,14 @@ def _scores(A: Known) -> tuple[Known, Known, float] | None:
     if not isinstance(A.node, Softmax) or A.node.axis % (len(A.shape) + 1) != len(A.shape):
         return None
     scale = 1.0
+    hidden = -math.inf
     T = A.inputs[0]
     while not isinstance(T.node, Matmul):
         moving = [i for i, x in enumerate(T.inputs) if x.jet.moves]
         if len(moving) != 1 or not isinstance(T.node, Combination | Mask | Reshape):
             return None
-        if isinstance(T.node, Mask) and T.node.value > HIDDEN:
-            return None
+        if isinstance(T.node, Mask):
+            hidden = max(hidden, T.node.value)
         if isinstance(T.node, Combination):
             scale = scale * T.node.factors[moving[0]]
         x = T.inputs[moving[0]]
@@ -113,6 +114,10 @@ def _scores(A: Known) -> tuple[Known, Known, float] | None:
             return None
         T = x
     Q, K = T.inputs
+    if hidden > -math.inf:
+        largest = float(torch.as_tensor(scale * Q.full * K.full).max())
+        if not (hidden <= HIDDEN and largest <= -HIDDEN / 10):
+            return None
     return (Q, K, scale) if scale > 0 else None
 
 
