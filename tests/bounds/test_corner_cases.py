@@ -148,7 +148,7 @@ def test_one_map_of_two_stands_still(size):
 
 @pytest.mark.parametrize("radius", [0.0, 0.1, 1.0])
 def test_one_logit_in_a_ball(radius):
-    """bce of one linear map, whose curvature grows towards the logit 0: the worst point is known."""
+    """bce of one linear map: its curvature grows towards the logit 0, where the worst point is."""
     model = Chosen(lambda net, x: net.a(x), {"a": seeded_linear(3, 1)}).double()
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
     y = torch.tensor([0, 1, 1, 0, 1, 0])
